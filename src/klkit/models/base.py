@@ -1,0 +1,120 @@
+"""What klkit needs of a language model: a vocabulary, a trunk, and a read-out.
+
+A model is split where its memory is smallest. The *trunk* (``encode``, ``begin``, ``advance``) turns
+contexts into one narrow vector a decision: a hidden state, or the state of an automaton. The
+*read-out* turns such vectors into log-probabilities over the whole vocabulary, a few rows at a time.
+Keeping the narrow vectors is how p is run once and read twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from klkit.numerics import rows_per_chunk
+from klkit.sequences import Content, Sequences
+
+
+class VocabularyMismatch(ValueError):
+    """Two models do not choose from the same tokens, so a token-level divergence is undefined."""
+
+
+class NotTractable(TypeError):
+    """An exact answer was asked of a model for which none is computable."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens a model chooses from, by id, and which of them end a response.
+
+    Attributes:
+        tokens: the string of each token; ids that no tokenizer defines hold ``None``.
+        ends: ids that end a response.
+    """
+
+    tokens: tuple[str | None, ...]
+    ends: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of ids, unused ones included."""
+        return len(self.tokens)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the token strings in id order: equal exactly when ids mean the same tokens."""
+        digest = hashlib.sha256()
+        for token in self.tokens:
+            digest.update(b"\xff" if token is None else token.encode("utf-8", "surrogatepass"))
+            digest.update(b"\x00\xff")
+        return digest.hexdigest()[:16]
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """The contract of every model, neural or exact; ``klkit.models.laws`` checks it on any adapter.
+
+    Attributes:
+        name: what reports call the model.
+        vocabulary: what it chooses from.
+        window: longest context plus completion it can read, or None.
+        width: values a decision's trunk vector holds.
+        dtype: precision of its logits: below fp32 nothing is reproducible across batch shapes.
+    """
+
+    name: str
+    vocabulary: Vocabulary
+    window: int | None
+    width: int
+    dtype: torch.dtype
+
+    def context(self, prompt: Content | None) -> Int[Tensor, " c"]:
+        """Token ids the model reads before it responds to ``prompt``; None is the empty prompt."""
+        ...
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """Each token as text that a person can read."""
+        ...
+
+    def encode(self, x: Sequences) -> Float[Tensor, "m d"]:
+        """Trunk vectors of every decision of a batch of given strings (teacher forcing)."""
+        ...
+
+    def readout(self, h: Float[Tensor, "m d"]) -> Float[Tensor, "m v"]:
+        """Normalised log-probabilities (nats, at least fp32) that trunk vectors stand for."""
+        ...
+
+    def begin(self, contexts: Sequence[Int[Tensor, " c"]]) -> tuple[Any, Float[Tensor, "b d"]]:
+        """Read contexts of any lengths; return a state and the trunk vector of the first decision."""
+        ...
+
+    def advance(self, state: Any, tokens: Int[Tensor, " b"]) -> tuple[Any, Float[Tensor, "b d"]]:
+        """Append one token to every row; the old state must not be used again."""
+        ...
+
+    def select(self, state: Any, rows: Int[Tensor, " k"]) -> Any:
+        """The state of the given rows only: how finished strings leave the batch."""
+        ...
+
+    def embedding(self) -> Float[Tensor, "v e"] | None:
+        """One vector a token, from which control variates take next-token features; or None."""
+        ...
+
+
+def log_probs(model: LanguageModel, x: Sequences, *, rows: int | None = None) -> Iterator[Float[Tensor, "c v"]]:
+    """Log-probabilities at every decision of the strings ``x``, in chunks of ``rows`` decisions.
+
+    ``x`` is one batch: the trunk runs on it whole, the read-out on a cache-sized chunk at a time.
+
+    Shapes: chunks ``(c, v)`` whose ``c`` sum to ``x.decisions``; nats.
+    """
+    hidden = model.encode(x)
+    for chunk in hidden.split(rows or rows_per_chunk(model.vocabulary.size)):
+        yield model.readout(chunk)
