@@ -1,0 +1,35 @@
+# Every target makes .venv if it is absent, so each works on a fresh machine.
+# PYTHON chooses the interpreter (3.11 or newer): make test PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check coverage-table bench clean
+
+demo: $(STAMP)
+	$(BIN)/klkit demo
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python tests/check_wheel.py
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/wallclock.py
+	$(BIN)/python benchmarks/variance.py
+
+coverage-table: $(STAMP)
+	$(BIN)/python benchmarks/coverage.py
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,dev]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) dist build
