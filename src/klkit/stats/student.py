@@ -1,0 +1,56 @@
+"""Quantiles of Student's t, to near machine precision, with NumPy alone."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from statistics import NormalDist
+
+import numpy as np
+
+NODES, NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)
+
+
+@lru_cache(maxsize=1024)
+def student_quantile(probability: float, df: float) -> float:
+    """``F⁻¹(probability)`` of Student's t with ``df`` degrees of freedom.
+
+    With ``t = √df tan θ`` the distribution function is ``½ + c ∫₀^θ cos^(df−1)``: a smooth integrand on a
+    short range, which 64 Gauss-Legendre nodes integrate to rounding error. It is concave in ``θ``, so
+    Newton's iteration from zero climbs to the quantile without overshooting.
+
+    Raises:
+        ValueError: ``probability`` is not strictly between 0 and 1, or ``df`` is below 1.
+
+    Example:
+        >>> round(student_quantile(0.975, 9), 6), round(student_quantile(0.975, math.inf), 6)
+        (2.262157, 1.959964)
+    """
+    if not (0 < probability < 1 and df >= 1):
+        raise ValueError(
+            f"expected a probability strictly between 0 and 1 and at least 1 degree of freedom, "
+            f"got {probability} and {df}; check the level and the number of clusters"
+        )
+    if probability < 0.5:
+        return -student_quantile(1 - probability, df)
+    if math.isinf(df):
+        return NormalDist().inv_cdf(probability)
+    target, constant = probability - 0.5, math.exp(_log_gamma_ratio(df)) / math.sqrt(math.pi)
+    angle = 0.0
+    for _ in range(200):
+        half = angle / 2
+        # log cos through log1p: the power of a cosine near one loses digits in proportion to df.
+        log_cosine = 0.5 * np.log1p(-(np.sin(half * (NODES + 1)) ** 2))
+        area = constant * half * float(NODE_WEIGHTS @ np.exp((df - 1) * log_cosine))
+        step = (target - area) / (constant * math.exp((df - 1) * 0.5 * math.log1p(-(math.sin(angle) ** 2))))
+        angle += step
+        if step <= 1e-15 * angle:
+            break
+    return math.sqrt(df) * math.tan(angle)
+
+
+def _log_gamma_ratio(df: float) -> float:
+    """``log Γ((df+1)/2) − log Γ(df/2)``, by its expansion where the two would cancel."""
+    if df < 200:
+        return math.lgamma((df + 1) / 2) - math.lgamma(df / 2)
+    return 0.5 * math.log(df / 2) - 1 / (4 * df) + 1 / (24 * df**3) - 1 / (20 * df**5)
