@@ -1,0 +1,1 @@
+"""Numbers in, intervals out: error bars, tails, stopping and planning, in NumPy alone."""

@@ -69,7 +69,8 @@ def cluster_totals(
             f"to {np.max(weights, initial=0)}; a weight is one, or the length of a string"
         )
     _, unit = np.unique(cluster, return_inverse=True)
-    return np.bincount(unit, contributions), np.bincount(unit, weights)
+    totals = np.bincount(unit, weights=contributions).astype(np.float64)
+    return totals, np.bincount(unit, weights=weights).astype(np.float64)
 
 
 def ratio_stderr(totals: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
@@ -82,7 +83,7 @@ def ratio_stderr(totals: NDArray[np.float64], weights: NDArray[np.float64]) -> f
     E. Miller, Adding Error Bars to Evals (2024), arXiv 2411.00640.
 
     Example:
-        >>> ratio_stderr(np.array([1.0, 2.0, 3.0]), np.ones(3)) == np.std([1, 2, 3], ddof=1) / 3**0.5
+        >>> ratio_stderr(np.array([1.0, 2.0, 3.0]), np.ones(3)) == 1 / 3**0.5
         True
     """
     clusters = len(totals)
