@@ -56,7 +56,7 @@ class Automaton:
         rows, (states, size) = self.log_probabilities, self.log_probabilities.shape
         if self.transitions.shape != rows.shape or size != self.vocabulary.size or rows.dtype != torch.float64:
             raise ValueError(
-                f"expected fp64 log-probabilities and transitions of one shape (states, {self.vocabulary.size} tokens), got "
+                f"expected fp64 log-probabilities and transitions of shape (states, {self.vocabulary.size}), got "
                 f"{rows.dtype} {tuple(rows.shape)} and {tuple(self.transitions.shape)}; give every state a row"
             )
         total = rows.exp().sum(-1)

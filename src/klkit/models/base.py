@@ -61,19 +61,33 @@ class Vocabulary:
 class LanguageModel(Protocol):
     """The contract of every model, neural or exact; ``klkit.models.laws`` checks it on any adapter.
 
-    Attributes:
-        name: what reports call the model.
-        vocabulary: what it chooses from.
-        window: longest context plus completion it can read, or None.
-        width: values a decision's trunk vector holds.
-        dtype: precision of its logits: below fp32 nothing is reproducible across batch shapes.
+    The first five members are plain attributes or properties; nothing here assigns to them.
     """
 
-    name: str
-    vocabulary: Vocabulary
-    window: int | None
-    width: int
-    dtype: torch.dtype
+    @property
+    def name(self) -> str:
+        """What reports call the model."""
+        ...
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What it chooses from."""
+        ...
+
+    @property
+    def window(self) -> int | None:
+        """Longest context plus completion it can read, or None."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Values a decision's trunk vector holds."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of its logits: below fp32 nothing is reproducible across batch shapes."""
+        ...
 
     def context(self, prompt: Content | None) -> Int[Tensor, " c"]:
         """Token ids the model reads before it responds to ``prompt``; None is the empty prompt."""
