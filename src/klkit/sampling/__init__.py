@@ -1,0 +1,1 @@
+"""Strings to measure on: drawn from a model, or from an older version of it."""
