@@ -57,9 +57,9 @@ def block_masses(logp: Float[Tensor, "b v"]) -> Float[Tensor, "b k"]:
     count, width = block_shape(size)
     whole = size // width
     masses = []
-    for chunk in logp.split(rows_per_chunk(size, bytes_per_value=logp.element_size())):
+    for chunk in torch.split(logp, rows_per_chunk(size, bytes_per_value=logp.element_size())):
         p = chunk.exp()
-        full = p[:, : whole * width].unflatten(1, (whole, width)).sum(-1)
+        full = p[:, : whole * width].reshape(len(p), whole, width).sum(-1)
         masses.append(full if whole == count else torch.cat([full, p[:, whole * width :].sum(-1, keepdim=True)], 1))
     return torch.cat(masses)
 
