@@ -1,0 +1,117 @@
+"""Estimators of a divergence between two laws over strings, each a fold over the same per-decision scalars.
+
+None of them samples: they are given strings that were scored by both models
+(:class:`klkit.estimators.statistics.TokenStatistics`), so all of them can be compared on the same strings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from klkit.estimators.control_variate import cv_string, k3_string
+from klkit.estimators.horvitz_thompson import horvitz_thompson
+from klkit.estimators.monte_carlo import k3_token, monte_carlo
+from klkit.estimators.rao_blackwell import prefix_sums, rao_blackwell
+from klkit.estimators.statistics import TokenStatistics
+from klkit.results import ESTIMANDS, Estimate
+
+ESTIMATORS: dict[str, Callable[[TokenStatistics], NDArray[np.float64]]] = {
+    "mc": monte_carlo,
+    "k3_string": k3_string,
+    "cv_string": cv_string,
+    "k3_token": k3_token,
+    "ht": horvitz_thompson,
+    "rb": rao_blackwell,
+}
+"""Every estimator by its key: statistics of ``n`` strings to one contribution a string, nats."""
+
+
+def summarise(
+    method: str,
+    statistics: TokenStatistics,
+    *,
+    estimand: str = "S",
+    divergence: str = "kl",
+    direction: str = "KL(p‖q)",
+    notes: tuple[str, ...] = (),
+) -> Estimate:
+    """Fold strings into an estimate of ``KL(p‖q) = Σ p (log p − log q)`` with its error bar.
+
+    Args:
+        method: a key of :data:`ESTIMATORS`.
+        estimand: ``"S"``, per response; ``"R"``, per token of the model's own responses (a ratio of two means,
+            the same number whatever the method); ``"F"``, per token of a given text, which ``"rb"`` alone measures.
+        divergence: name for the record. Statistics are of ``(p, q)`` over ``p``'s strings; for the reverse
+            divergence collect those of ``(q, p)`` over ``q``'s and say ``"reverse_kl"`` and ``"KL(q‖p)"`` here.
+        direction: the same in words.
+        notes: carried along, before those that arise here.
+
+    Raises:
+        ValueError: an unknown method or estimand, or estimand ``"F"`` by another method than ``"rb"``.
+
+    Example:
+        >>> from klkit.estimators.statistics import score
+        >>> from klkit.models.automaton import coin
+        >>> from klkit.sampling.ancestral import sample
+        >>> p, q = coin(end=0.5), coin(end=0.25)
+        >>> x = sample(p, [p.context(None)] * 50, max_tokens=60, seed=0).sequences
+        >>> round(summarise("rb", score(p, q, x), estimand="R").value, 6)
+        0.143841
+    """
+    if method not in ESTIMATORS or estimand not in ESTIMANDS:
+        raise ValueError(
+            f"expected a method among {', '.join(ESTIMATORS)} and an estimand among {', '.join(ESTIMANDS)}, "
+            f"got {method!r} and {estimand!r}; see docs/how-to-choose.md"
+        )
+    x, given = statistics.x, estimand == "F"
+    if given and method != "rb":
+        raise ValueError(
+            f"expected method 'rb' for estimand 'F', got {method!r}: on text that p did not write, the log-ratios of "
+            f"its tokens say nothing about the mean over p's choices; use 'rb'"
+        )
+    infinite = statistics.rows.lost > 0
+    if given:
+        contributions = statistics.per_string(statistics.rows.kl).numpy()
+        weights = x.lengths.double().numpy()
+    else:
+        infinite &= statistics.prefix_weight() > 0  # a prefix that p never writes makes nothing infinite
+        contributions = ESTIMATORS[method](statistics)
+        weights = np.ones(len(x)) if estimand == "S" else prefix_sums(statistics, torch.ones(x.decisions))
+    return Estimate(
+        method=method,
+        divergence=divergence,
+        direction=direction,
+        estimand=estimand,
+        contributions=contributions,
+        weights=weights,
+        cluster=x.cluster.numpy(),
+        truncated=0.0 if given else 1 - float(x.finished.double().mean()),
+        infinite=int(infinite.sum()),
+        notes=(*notes, *remarks(statistics, contributions, given=given, infinite=int(infinite.sum()))),
+    )
+
+
+def remarks(
+    statistics: TokenStatistics, contributions: NDArray[np.float64], *, given: bool, infinite: int
+) -> list[str]:
+    """What a reader must be told beside a number: infinities it hides, and strings that are not ``p``'s own."""
+    found = []
+    if infinite and np.isfinite(contributions).all():
+        found.append(
+            f"the divergence is infinite (at {infinite} decisions p allows tokens that q excludes); this number is "
+            f"finite only because no such token was drawn"
+        )
+    if given:
+        found.append("contexts are a given text, not p's own responses: no statement about the laws over strings")
+    elif statistics.x.sampler_logp is not None:
+        weight = statistics.string_weight()
+        effective = float(weight.sum() ** 2 / (weight @ weight)) if bool((weight > 0).any()) else 0.0
+        found.append(
+            f"strings were drawn by another law than p and weighted; they are worth {effective:.1f} of {len(weight)} "
+            f"strings from p"
+        )
+    return found

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from klkit.divergences.fused import RowStatistics, mixture_kl, row_statistics
@@ -47,6 +47,27 @@ class TokenStatistics:
         total = torch.zeros(len(self.x), dtype=torch.float64)
         return total.index_add_(0, self.x.row(), values.double())
 
+    def before(self, values: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+        """Sum per-decision ``values`` over the earlier decisions of the same string, in double precision."""
+        return earlier_sums(values.double(), self.x.row(), torch.zeros(len(self.x), dtype=torch.float64))
+
+    def importance_ratio(self) -> Float[Tensor, " m"]:
+        """``log p(y_n|prefix) − log μ(y_n|prefix)`` with ``μ`` the law that drew the strings: 0 when that is ``p``."""
+        logp, mu = self.rows.logp.double(), self.x.sampler_logp
+        return torch.zeros_like(logp) if mu is None else logp - mu.double()
+
+    def prefix_weight(self) -> Float[Tensor, " m"]:
+        """``Π_{i<n} p(y_i)/μ(y_i)``: with it a mean over ``μ``'s strings is one over ``p``'s, for functions of the prefix."""
+        return self.before(self.importance_ratio()).exp()
+
+    def token_weight(self) -> Float[Tensor, " m"]:
+        """``Π_{i≤n} p(y_i)/μ(y_i)``: the same for functions of the prefix and the token drawn after it."""
+        return self.prefix_weight() * self.importance_ratio().exp()
+
+    def string_weight(self) -> Float[Tensor, " n"]:
+        """``p(y)/μ(y)``: the same for functions of the whole string."""
+        return self.per_string(self.importance_ratio()).exp()
+
     @staticmethod
     def cat(parts: Sequence[TokenStatistics]) -> TokenStatistics:
         """Concatenate the statistics of successive batches."""
@@ -81,44 +102,95 @@ def collect(
     Raises:
         VocabularyMismatch: the two read-outs have different widths.
     """
-    targets, row = x.targets(), x.row()
     size = rows_per_chunk(p.vocabulary.size)
     table = features
     parts: list[RowStatistics] = []
     innovations: list[Tensor] = []
     mixtures: list[Tensor] = []
     log_ratio = torch.zeros(len(x), dtype=torch.float64)  # Σ_{i<n} u_i of each string so far
-    for h, g, y, r in zip(
-        hidden_p.split(size), hidden_q.split(size), targets.split(size), row.split(size), strict=True
-    ):
+    flat = (hidden_p, hidden_q, x.targets(), x.row())
+    chunks = zip(*(torch.split(tensor, size) for tensor in flat), strict=True)
+    for h, g, y, row in chunks:
         logp, logq = p.readout(h), q.readout(g)
         if logp.shape != logq.shape:
             raise VocabularyMismatch(
                 f"expected two models over one vocabulary, got rows of {logp.shape[-1]} and {logq.shape[-1]} "
                 f"log-probabilities; align the models with klkit.models.align first"
             )
-        y = y.to(logp.device)
+        y, logq = y.to(logp.device), logq.to(logp.device)
         stats = row_statistics(logp, logq, y, p.vocabulary.ends)
         if table is not None:
             table = table.to(logp)
-            innovations.append((table[y] - logp.exp() @ table).cpu())
+            innovations.append(table[y] - logp.exp() @ table)
         if mixture:
-            u = (stats.logp - stats.logq).double().cpu()
-            before = torch.zeros_like(u)
-            # The posterior odds of p against q given the prefix need the log-ratios in order.
-            for i in range(len(u)):
-                before[i] = log_ratio[r[i]]
-                log_ratio[r[i]] += u[i]
-            mixtures.append(mixture_kl(logp, logq, before.to(logp)).cpu())
-        parts.append(RowStatistics(**{f.name: getattr(stats, f.name).cpu() for f in fields(RowStatistics)}))
-    rows = {f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(RowStatistics)}
-    m = x.decisions
+            # The posterior odds of p against q given the prefix: the log-ratios so far, in order.
+            odds = earlier_sums((stats.logp - stats.logq).cpu().double(), row, log_ratio)
+            mixtures.append(mixture_kl(logp, logq, odds.to(logp)))
+        parts.append(stats)
+    # One transfer a field, not one a chunk: each would wait for the accelerator to finish.
+    rows = {f.name: torch.cat([getattr(part, f.name) for part in parts]).cpu() for f in fields(RowStatistics)}
     return TokenStatistics(
         x=x,
         rows=RowStatistics(**rows),
-        features=torch.cat(innovations) if innovations else rows["kl"].new_zeros(m, 0),
-        mixture=torch.cat(mixtures) if mixture else None,
+        features=torch.cat(innovations).cpu() if innovations else rows["kl"].new_zeros(x.decisions, 0),
+        mixture=torch.cat(mixtures).cpu() if mixture else None,
     )
+
+
+def weighted(weight: Float[Tensor, " b"], value: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """``weight · value`` with ``0 · ∞ = 0``: what ``p`` never does contributes nothing.
+
+    Example:
+        >>> import torch
+        >>> weighted(torch.tensor([0.0, 0.5]), torch.tensor([torch.inf, 4.0])).tolist()
+        [0.0, 2.0]
+    """
+    return torch.where(weight == 0, 0.0, weight * value)
+
+
+def folds(cluster: Int[Tensor, " n"], count: int = 5) -> Int[Tensor, " n"]:
+    """A fold in ``0..count−1`` for each string; strings of one cluster share theirs.
+
+    A coefficient fitted on the other folds is independent of the strings it is applied to, which is
+    what keeps an estimator with fitted coefficients unbiased.
+
+    Example:
+        >>> import torch
+        >>> folds(torch.tensor([7, 7, 3, 9]), 2).tolist()
+        [1, 1, 0, 0]
+    """
+    rank: Tensor = torch.unique(cluster, return_inverse=True)[1]
+    return rank % count
+
+
+def earlier_sums(
+    values: Float[Tensor, " c"], row: Int[Tensor, " c"], carry: Float[Tensor, " n"]
+) -> Float[Tensor, " c"]:
+    """``carry[row] + Σ`` of the values that precede each one in its row; ``carry`` then moves past them.
+
+    Rows must be in order, as the decisions of a batch are. Each row is summed on its own, so an
+    infinite value reaches nothing but the rest of its row.
+
+    Example:
+        >>> import torch
+        >>> carry = torch.tensor([0.0, 10.0])
+        >>> earlier_sums(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0, 0, 1, 1]), carry).tolist()
+        [0.0, 1.0, 10.0, 13.0]
+        >>> carry.tolist()
+        [3.0, 17.0]
+    """
+    if len(values) == 0:
+        return values
+    first = int(row[0])
+    local = row - first
+    lengths = local.bincount()
+    place = torch.arange(len(values)) - (lengths.cumsum(0) - lengths)[local]
+    block = values.new_zeros(len(lengths), int(lengths.max()) + 1)
+    block[local, place + 1] = values
+    block[:, 0] = carry[first : first + len(lengths)]
+    block = block.cumsum(1)
+    carry[first : first + len(lengths)] = block.gather(1, lengths[:, None])[:, 0]
+    return block[local, place]
 
 
 def score(
@@ -150,7 +222,5 @@ def score(
     for i in range(0, len(x), batch_size):
         chosen = torch.arange(i, min(i + batch_size, len(x)))
         mine, theirs = x.select(chosen), y.select(chosen)
-        parts.append(
-            collect(p, p.encode(mine), q, q.encode(theirs), mine, features=features, mixture=mixture)
-        )
+        parts.append(collect(p, p.encode(mine), q, q.encode(theirs), mine, features=features, mixture=mixture))
     return TokenStatistics.cat(parts)
