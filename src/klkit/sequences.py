@@ -79,8 +79,8 @@ class Sequences:
     @classmethod
     def pack(
         cls,
-        contexts: Sequence[Int[Tensor, " c"]],
-        completions: Sequence[Int[Tensor, " t"]],
+        contexts: Sequence[Int[Tensor, " _c"]],
+        completions: Sequence[Int[Tensor, " _t"]],
         *,
         prompt: Sequence[int] | None = None,
         cluster: Sequence[int] | None = None,
@@ -175,7 +175,7 @@ class Sequences:
             sampler_logp=logp,
         )
 
-    def after(self, contexts: Sequence[Int[Tensor, " c"]]) -> Sequences:
+    def after(self, contexts: Sequence[Int[Tensor, " _c"]]) -> Sequences:
         """The same completions behind other contexts (one a string): another model's chat template.
 
         Raises:

@@ -154,7 +154,7 @@ class Automaton:
         """The row of log-probabilities of each state."""
         return self.log_probabilities[h[:, 0].long()]
 
-    def begin(self, contexts: Sequence[Int[Tensor, " c"]]) -> tuple[Int[Tensor, " b"], Float[Tensor, "b 1"]]:
+    def begin(self, contexts: Sequence[Int[Tensor, " _c"]]) -> tuple[Int[Tensor, " b"], Float[Tensor, "b 1"]]:
         """Read contexts of any lengths: the states they lead to, as state and as trunk vector."""
         reached = []
         for context in contexts:

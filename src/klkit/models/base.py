@@ -105,7 +105,7 @@ class LanguageModel(Protocol):
         """Normalised log-probabilities (nats, at least fp32) that trunk vectors stand for."""
         ...
 
-    def begin(self, contexts: Sequence[Int[Tensor, " c"]]) -> tuple[Any, Float[Tensor, "b d"]]:
+    def begin(self, contexts: Sequence[Int[Tensor, " _c"]]) -> tuple[Any, Float[Tensor, "b d"]]:
         """Read contexts of any lengths; return a state and the trunk vector of the first decision."""
         ...
 

@@ -78,7 +78,7 @@ class Transformed:
         """The base's rows, mapped."""
         return self.rows(self.base.readout(h))
 
-    def begin(self, contexts: Sequence[Int[Tensor, " c"]]) -> tuple[Any, Float[Tensor, "b d"]]:
+    def begin(self, contexts: Sequence[Int[Tensor, " _c"]]) -> tuple[Any, Float[Tensor, "b d"]]:
         """Read contexts with the base."""
         for context in contexts:
             self._check(context)
