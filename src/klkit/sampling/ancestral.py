@@ -42,7 +42,7 @@ class Draw:
 
 def sample(
     model: LanguageModel,
-    contexts: Sequence[Int[Tensor, " c"]],
+    contexts: Sequence[Int[Tensor, " _c"]],
     *,
     max_tokens: int,
     seed: int,
@@ -130,7 +130,7 @@ def name_strings(
 @torch.no_grad()
 def roll_out(
     model: LanguageModel,
-    contexts: Sequence[Int[Tensor, " c"]],
+    contexts: Sequence[Int[Tensor, " _c"]],
     choose: Choose,
     *,
     max_tokens: int,

@@ -33,7 +33,7 @@ GRID = 2.0**-53
 
 def sample_sets(
     model: LanguageModel,
-    contexts: Sequence[Int[Tensor, " c"]],
+    contexts: Sequence[Int[Tensor, " _c"]],
     *,
     size: int,
     max_tokens: int,

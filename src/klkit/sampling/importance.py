@@ -1,9 +1,10 @@
-"""Strings from another law ``mu`` than ``p``, an older policy say, and the weights that make up for it.
+"""Strings from another law ``mu`` than ``p``, an older policy say, and what they are worth.
 
 For any function ``D_n`` of the prefix before decision ``n``, such as the exact next-token divergence,
 ``E_p[Σ_n D_n] = E_mu[Σ_n w_n D_n]`` with ``w_n = Π_{i<n} p(y_i|y_<i) / mu(y_i|y_<i)``. Only earlier
 tokens enter the weight. A function of the whole string needs the ratio of all its decisions instead,
-which is larger and noisier.
+which is noisier. :class:`klkit.estimators.statistics.TokenStatistics` has these weights
+(``prefix_weight``, ``string_weight``) once the strings carry ``sampler_logp``.
 
 The identities need ``mu`` to give mass to whatever ``p`` does. Top-k or top-p sampling does not, and
 neither do weights show it: what ``mu`` never draws is missing from every estimate.
@@ -26,7 +27,7 @@ from klkit.sequences import Sequences
 
 def from_policy(
     mu: LanguageModel,
-    contexts: Sequence[Int[Tensor, " c"]],
+    contexts: Sequence[Int[Tensor, " _c"]],
     *,
     max_tokens: int,
     seed: int,
@@ -45,7 +46,7 @@ def from_policy(
         >>> p, q, mu = coin(end=0.5), coin(end=0.25), coin(end=0.4)
         >>> x = from_policy(mu, [mu.context(None)] * 500, max_tokens=60, seed=0)
         >>> statistics = score(p, q, x)
-        >>> weighted = statistics.per_string(prefix_weights(statistics) * statistics.rows.kl).mean()
+        >>> weighted = statistics.per_string(statistics.prefix_weight() * statistics.rows.kl).mean()
         >>> round(float(weighted), 2)  # KL(p‖q) = log(4/3) = 0.288
         0.29
     """
@@ -53,68 +54,24 @@ def from_policy(
     return replace(drawn.sequences, sampler_logp=drawn.logp)
 
 
-def log_ratios(statistics: TokenStatistics) -> Float[Tensor, "n l"]:
-    """``log p(y_n|y_<n) − log mu(y_n|y_<n)`` string by string, 0 past a string's end; fp64, nats.
-
-    Raises:
-        ValueError: the strings carry no ``sampler_logp``.
-    """
-    x = statistics.x
-    if x.sampler_logp is None:
-        raise ValueError(
-            f"expected the log-probabilities under which {len(x)} strings were drawn, got sampler_logp None, which "
-            f"means they were drawn from p: use them unweighted, or draw with klkit.sampling.importance.from_policy"
-        )
-    ratios = torch.zeros(len(x), int(x.lengths.max()) if len(x) else 0, dtype=torch.float64)
-    ratios[x.row(), x.position()] = statistics.rows.logp.double() - x.sampler_logp.double().to("cpu")
-    return ratios
-
-
-def log_prefix_weights(statistics: TokenStatistics) -> Float[Tensor, " m"]:
-    """``log w_n = Σ_{i<n} (log p(y_i|y_<i) − log mu(y_i|y_<i))``; ``-inf`` once ``p`` excludes the prefix.
-
-    Raises:
-        ValueError: the strings carry no ``sampler_logp``.
-    """
-    x = statistics.x
-    earlier = torch.nn.functional.pad(log_ratios(statistics), (1, 0)).cumsum(1)
-    return earlier[x.row(), x.position()]
-
-
-def prefix_weights(statistics: TokenStatistics) -> Float[Tensor, " m"]:
-    """``w_n = Π_{i<n} p(y_i|y_<i) / mu(y_i|y_<i)``: the weight of each decision's prefix, 1 for the first.
-
-    ``p`` of the statistics is the law of interest, ``mu`` the one that drew the strings.
-
-    Raises:
-        ValueError: the strings carry no ``sampler_logp``.
-    """
-    return log_prefix_weights(statistics).exp()
-
-
-def string_weights(statistics: TokenStatistics) -> Float[Tensor, " n"]:
-    """``W = Π_n p(y_n|y_<n) / mu(y_n|y_<n)`` over all decisions of each string.
-
-    A string cut at the length limit has the weight of what was drawn of it, so the weighted law is
-    that of ``p`` cut at the same limit.
-
-    Raises:
-        ValueError: the strings carry no ``sampler_logp``.
-    """
-    return log_ratios(statistics).sum(1).exp()
-
-
 def effective_sample_size(statistics: TokenStatistics) -> Float[Tensor, " l"]:
-    """``(Σ w)² / Σ w²`` of the prefix weights at each position, over the strings that reach it.
+    """``(Σ w_n)² / Σ w_n²`` at each position ``n``, over the strings that have a decision there.
 
-    How many strings from ``p`` the weighted ones are worth there (Kong, 1992). It falls with the
-    position, and 0 means that ``p`` excludes every prefix that was drawn.
+    How many strings from ``p`` the weighted ones are worth at that position (Kong, 1992, A note on
+    importance sampling using standardized weights). It tends to fall along the string; 0 means that
+    ``p`` excludes every prefix that was drawn.
 
-    Raises:
-        ValueError: the strings carry no ``sampler_logp``.
+    Example:
+        >>> from klkit.estimators.statistics import score
+        >>> from klkit.models.automaton import coin
+        >>> p = coin(end=0.5)
+        >>> x = from_policy(p, [p.context(None)] * 8, max_tokens=1, seed=0)
+        >>> effective_sample_size(score(p, p, x)).tolist()
+        [8.0]
     """
     x = statistics.x
     weights = torch.full((len(x), int(x.lengths.max()) if len(x) else 0), -torch.inf, dtype=torch.float64)
-    weights[x.row(), x.position()] = log_prefix_weights(statistics)
+    weights[x.row(), x.position()] = statistics.before(statistics.importance_ratio())
+    # In logarithms: the ratio is moderate even where the weights themselves would overflow.
     total, square = weights.logsumexp(0), (2 * weights).logsumexp(0)
     return torch.where(square > -torch.inf, 2 * total - square, -torch.inf).exp()
