@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -76,7 +76,7 @@ class HuggingFaceModel:
         ends: Sequence[int] | None = None,
         activate: Callable[[], None] | None = None,
     ):
-        self.model: Any = model
+        self.model = cast(Any, model)
         self.model.eval()
         self.tokenizer = tokenizer
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
@@ -159,7 +159,7 @@ class HuggingFaceModel:
 
     # ----------------------------------------------------------------------------------- decoding
 
-    def begin(self, contexts: Sequence[Int[Tensor, " c"]]) -> tuple[DecodingState, Float[Tensor, "b d"]]:
+    def begin(self, contexts: Sequence[Int[Tensor, " _c"]]) -> tuple[DecodingState, Float[Tensor, "b d"]]:
         """Read contexts of any lengths in one pass, left-padded; positions count from each row's start.
 
         Raises:
@@ -287,6 +287,11 @@ class HuggingFaceModel:
                 raise ValueError(
                     f"expected finite logits from {self.name} on a short probe, got NaN; "
                     f"the weights are damaged, or overflow in {self.dtype}: load the model with dtype=float32"
+                )
+            if not _close(self._trunk(tokens[:, :-1], mask[:, :-1])[0], logits[:, :-1], 512):
+                raise ValueError(
+                    f"expected a causal language model, got {type(self.model).__name__}, whose prediction of a token changes "
+                    f"with what comes after it; load a model that was trained to predict the next token"
                 )
             size = int(logits.shape[-1])
             self._head = head

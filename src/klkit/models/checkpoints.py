@@ -1,0 +1,286 @@
+"""Reading checkpoints: one network, its tokenizer, and the adapters that share it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from klkit.models.hf import HuggingFaceModel
+from klkit.models.spec import ModelSpec, locate
+
+ADAPTER_FILE = "adapter_config.json"
+library: Any = transformers  # its own annotations are partial
+
+
+def load_one(spec: ModelSpec, name: str) -> HuggingFaceModel:
+    """The model of one spec, its adapter applied. Raises as :func:`klkit.models.spec.load`."""
+    with quiet():
+        network, notes = read_network(spec)
+        if spec.peft is not None:
+            network = attach(network, [spec])[0].get_base_model()
+        model = HuggingFaceModel(network, read_tokenizer(spec), name=name, ends=spec.end_ids())
+    model.notes = (*notes, *model.notes)
+    return model
+
+
+def load_shared(p: ModelSpec, q: ModelSpec, names: Sequence[str]) -> tuple[HuggingFaceModel, HuggingFaceModel] | None:
+    """Two states of one copy of the weights, or None if adapters here alter the base itself."""
+    with quiet():
+        network, notes = read_network(p.base())
+        before = _fingerprint(network)
+        wrapped, switch = attach(network, [p, q])
+        switch(None)
+        if not torch.equal(before, _fingerprint(network)):
+            return None
+        models = []
+        for spec, name in zip((p, q), names, strict=True):
+
+            def activate(adapter: str | None = spec.peft and adapter_name(spec)) -> None:
+                switch(adapter)
+
+            model = HuggingFaceModel(
+                wrapped.get_base_model(), read_tokenizer(spec), name=name, ends=spec.end_ids(), activate=activate
+            )
+            model.notes = (*notes, *model.notes)
+            models.append(model)
+    return models[0], models[1]
+
+
+def adapter_name(spec: ModelSpec) -> str:
+    """A name for the adapter of ``spec`` inside its network: module names hold no dots."""
+    return str(spec.peft).replace(".", "_")
+
+
+def attach(network: Any, specs: Sequence[ModelSpec]) -> tuple[Any, Callable[[str | None], None]]:
+    """Put the adapters of ``specs`` on ``network``; return it wrapped, and a switch (None: no adapter).
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: an adapter works by prompt tokens rather than in the layers, or does not fit.
+        OSError: an adapter cannot be found.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError(
+            "expected the peft library for peft=..., got none; install it with: pip install 'klkit[peft]'"
+        )
+    import peft
+
+    wrapped: Any = None
+    for spec in specs:
+        if spec.peft is None:
+            continue
+        source, name = locate(spec.peft), adapter_name(spec)
+        local = Path(source).is_dir()
+        if local and not (Path(source) / ADAPTER_FILE).is_file():
+            raise FileNotFoundError(
+                f"expected a folder with {ADAPTER_FILE}, got {spec.peft!r}, which holds {_listing(source)}; "
+                f"name the folder that peft saved the adapter in"
+            )
+        with _explained(spec.peft):
+            config = peft.PeftConfig.from_pretrained(source)
+            if config.is_prompt_learning or config.is_adaption_prompt:
+                raise ValueError(
+                    f"expected an adapter that works inside the layers (LoRA and its kin), got {config.peft_type} in "
+                    f"{spec.peft!r}; prompt-based adapters are not supported"
+                )
+            try:
+                if wrapped is None:
+                    wrapped = peft.PeftModel.from_pretrained(network, source, adapter_name=name)
+                else:
+                    wrapped.load_adapter(source, adapter_name=name)
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(
+                    f"expected an adapter that fits {spec.path!r}, got {spec.peft!r}, which does not: "
+                    f"{_first_line(error)}; name the base model it was trained on"
+                ) from None
+    wrapped.eval()
+    tuner = wrapped.base_model
+    active: list[str | None] = []
+
+    def switch(name: str | None) -> None:
+        if active == [name]:
+            return
+        if name is None:
+            tuner.disable_adapter_layers()
+        else:
+            tuner.enable_adapter_layers()
+            tuner.set_adapter(name)
+        active[:] = [name]
+
+    return wrapped, switch
+
+
+def read_network(spec: ModelSpec) -> tuple[Any, tuple[str, ...]]:
+    """The causal language model of ``spec``, without adapter, and notes on how it was read.
+
+    Raises:
+        ValueError: weights are missing from the checkpoint, or it is no causal language model.
+        OSError: it cannot be found.
+        ImportError: a library for quantisation or placement is missing.
+    """
+    source = locate(spec.path)
+    local = Path(source).is_dir()
+    if local:
+        _check_folder(spec, Path(source))
+    device = _device(spec.device)
+    common = {
+        "revision": spec.revision or "main",
+        "trust_remote_code": spec.trust_remote_code,
+        "local_files_only": local,
+    }
+    settings: dict[str, Any] = {"use_safetensors": spec.safetensors, "output_loading_info": True}
+    with _explained(spec.path):
+        config = library.AutoConfig.from_pretrained(source, **common)
+        quantized = spec.quantization is not None or getattr(config, "quantization_config", None) is not None
+        settings["dtype"] = spec.dtype or ("auto" if quantized else "float32")
+        if spec.attn is not None:
+            settings["attn_implementation"] = spec.attn
+        if spec.quantization is not None:
+            settings["quantization_config"] = _quantization(spec.quantization)
+            settings["device_map"] = spec.device_map or {"": spec.device}
+        elif spec.device_map is not None:
+            _require("accelerate", "device_map")
+            settings["device_map"] = spec.device_map
+        network, info = library.AutoModelForCausalLM.from_pretrained(source, config=config, **common, **settings)
+    missing = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
+    if missing:
+        raise ValueError(
+            f"expected all weights of {type(network).__name__} in {spec.path!r}, got a checkpoint that lacks "
+            f"{len(missing)} ({', '.join(missing[:3])}); random numbers would stand in for them: complete the checkpoint"
+        )
+    if "device_map" not in settings:
+        network = network.to(device)
+    unused = sorted(info["unexpected_keys"])
+    notes = (f"{len(unused)} weights of {spec.path} are not used, such as {unused[0]}",) if unused else ()
+    return network, notes
+
+
+def read_tokenizer(spec: ModelSpec) -> Any:
+    """The tokenizer of ``spec``: the named one, else one that lies beside the adapter, else the model's."""
+    beside_adapter = spec.peft is not None and (Path(locate(spec.peft)) / "tokenizer_config.json").is_file()
+    place = spec.tokenizer or (spec.peft if beside_adapter else None) or spec.path
+    source = locate(place)
+    with _explained(place):
+        return library.AutoTokenizer.from_pretrained(
+            source,
+            revision=(spec.revision if place == spec.path else None) or "main",
+            trust_remote_code=spec.trust_remote_code,
+            local_files_only=Path(source).is_dir(),
+        )
+
+
+def _check_folder(spec: ModelSpec, folder: Path) -> None:
+    if (folder / ADAPTER_FILE).is_file() and not (folder / "config.json").is_file():
+        base = json.loads((folder / ADAPTER_FILE).read_text()).get("base_model_name_or_path") or "BASE"
+        raise ValueError(
+            f"expected a model, got {spec.path!r}, which is an adapter; load it on its base: {base},peft={spec.path}"
+        )
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"expected a checkpoint folder with config.json, got {spec.path!r}, which holds {_listing(folder)}; "
+            f"name the folder that save_pretrained wrote"
+        )
+    if spec.safetensors and not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
+        raise ValueError(
+            f"expected weights in safetensors format in {spec.path!r}, got pickled ones (*.bin), which can run code; "
+            f"if you trust them, add safetensors=false"
+        )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(
+            f"expected a device such as cpu, cuda, cuda:1 or mps, got {name!r}; name one of these"
+        ) from None
+    ready = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not ready.get(device.type, True):
+        raise ValueError(
+            f"expected a device that this torch can use, got {name!r}, for which it finds no hardware or was not built; "
+            f"leave device=... out to run on the CPU"
+        )
+    return device
+
+
+def _quantization(kind: str) -> Any:
+    _require("bitsandbytes", f"quantization={kind}")
+    _require("accelerate", f"quantization={kind}")
+    return library.BitsAndBytesConfig(load_in_8bit=kind == "8bit", load_in_4bit=kind == "4bit")
+
+
+def _require(library: str, option: str) -> None:
+    if importlib.util.find_spec(library) is None:
+        raise ImportError(
+            f"expected the library {library} for {option}, got an environment without it; pip install {library}, or "
+            f"name a checkpoint that is quantised already"
+        )
+
+
+@contextmanager
+def _explained(place: str) -> Iterator[None]:
+    """Turn what transformers raises for an unreachable or unreadable checkpoint into one clear message."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        text = str(error)
+        if text.startswith("expected"):
+            raise
+        if "trust_remote_code" in text:
+            raise ValueError(
+                f"expected a model that transformers knows, got {place!r}, which brings its own code; "
+                f"read that code, and if you trust it add trust_remote_code=true"
+            ) from None
+        if Path(place).expanduser().is_dir() or not isinstance(error, OSError):
+            raise ValueError(
+                f"expected a causal language model that transformers can read, got {place!r}: {_first_line(error)}; "
+                f"check the files of the checkpoint"
+            ) from None
+        raise FileNotFoundError(
+            f"expected a model in the local cache or on the Hugging Face Hub, got {place!r}, which neither provides: "
+            f"{_first_line(error)} Check the name; without a network (or with HF_HUB_OFFLINE=1) fetch it elsewhere, by "
+            f"'hf download {place} --local-dir FOLDER', and name that folder; for a gated model run 'hf auth login'."
+        ) from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence progress bars and log lines of transformers, and put its settings back afterwards."""
+    logging = library.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _fingerprint(network: Any) -> Tensor:
+    """Logits of a network on a few tokens: equal, bit for bit, as long as its weights are."""
+    tokens = torch.arange(4, device=network.device)[None] % network.config.get_text_config(decoder=True).vocab_size
+    with torch.inference_mode():
+        logits: Tensor = network.eval()(input_ids=tokens).logits
+    return logits
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", maxsplit=1)[0]
+
+
+def _listing(folder: str | Path) -> str:
+    names = sorted(entry.name for entry in Path(folder).iterdir())
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"
