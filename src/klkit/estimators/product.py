@@ -15,7 +15,7 @@ from torch import Tensor
 from klkit.models.automaton import Automaton, can_end
 from klkit.models.base import LanguageModel, NotTractable, VocabularyMismatch
 from klkit.models.wrap import as_automaton
-from klkit.numerics import excess, masked_difference
+from klkit.numerics import excess
 from klkit.sequences import Content
 
 LARGEST_SYSTEM = 8000
@@ -67,7 +67,7 @@ def couple(p: LanguageModel, q: LanguageModel, *, prompt: Content | None, max_to
     if p.vocabulary.fingerprint != q.vocabulary.fingerprint or p.vocabulary.ends != q.vocabulary.ends:
         raise VocabularyMismatch(
             f"expected two automata over the same tokens and ends, got {p.vocabulary.tokens[:8]} with ends "
-            f"{p.vocabulary.ends} and {q.vocabulary.tokens[:8]} with ends {q.vocabulary.ends}; use one alphabet for both"
+            f"{p.vocabulary.ends} and {q.vocabulary.tokens[:8]} with ends {q.vocabulary.ends}; share one alphabet"
         )
     chain = _reach(mine, theirs, p.context(prompt), q.context(prompt), max_tokens)
     if max_tokens is None and not bool(can_end(chain.p, chain.after, torch.tensor(mine.vocabulary.ends)).all()):
@@ -95,24 +95,25 @@ def _reach(p: Automaton, q: Automaton, context_p: Tensor, context_q: Tensor, max
     logp, logq = p.log_probabilities[i], q.log_probabilities[j]
     ordered, order = found.sort()
     place = torch.searchsorted(ordered, p.transitions[i] * width + q.transitions[j]).clamp(max=len(found) - 1)
-    gap = -masked_difference(logq, logp, logp)
-    infinite = bool((gap == torch.inf).any())
-    gap = gap.masked_fill(gap == torch.inf, 0.0)
+    allowed, shared = logp > -torch.inf, (logp > -torch.inf) & (logq > -torch.inf)
+    ratio = logp.where(shared, 0.0) - logq.where(shared, 0.0)
     prob = logp.exp()
     return Product(
         states=torch.stack([i, j], -1),
         p=prob,
         after=order[place],
         moves=possible[i],
-        ratio=gap,
-        kl=torch.where(prob > 0, prob * excess(-gap), logq.exp()).sum(-1),
-        surprisal=-logp.masked_fill(logp == -torch.inf, 0.0),
-        infinite=infinite,
+        ratio=ratio,
+        # p (e^d − 1 − d) with d = log q − log p, and q off p's support: no term is negative, and the
+        # sum is Σ p (log p − log q) because both rows sum to one.
+        kl=torch.where(allowed, prob * excess(-ratio), logq.exp()).sum(-1),
+        surprisal=-logp.where(allowed, 0.0),
+        infinite=bool((allowed & ~shared).any()),
     )
 
 
 class LinearSystem:
-    """``I − M``, factorised once."""
+    """``I − M``, factorised once; solutions are refined until they are accurate, or refused."""
 
     def __init__(self, chain: Product) -> None:
         size = len(chain.p)
@@ -121,19 +122,35 @@ class LinearSystem:
                 f"expected at most {LARGEST_SYSTEM} pairs of states, got {size}; pass max_tokens, which needs no "
                 f"linear system"
             )
+        self.chain = chain
         matrix = -chain.matrix().to_dense()
         # 1 − M_ss as the probability of leaving s: exact even where staying is nearly certain.
         stays = chain.moves & (chain.after == torch.arange(size)[:, None])
         matrix.diagonal().copy_((chain.p * ~stays).sum(-1))
-        self.size = size
         self.lu, self.pivots, _ = torch.linalg.lu_factor_ex(matrix)
 
-    def backward(self, f: Tensor) -> Tensor:
-        """``(I − M)^-1 f``: expected sums from each pair on."""
-        return torch.linalg.lu_solve(self.lu, self.pivots, f)
+    def backward(self, f: Float[Tensor, "s c"]) -> Float[Tensor, "s c"]:
+        """``(I − M)^-1 f``: expected sums from each pair on.
 
-    def visits(self) -> Tensor:
+        Long strings make the system nearly singular, so solutions are refined with the residual
+        ``f − end · V − Σ p(a) (V − V(after))``, which does not cancel when all values are large.
+        """
+        value = torch.linalg.lu_solve(self.lu, self.pivots, f)
+        end = (self.chain.p * ~self.chain.moves).sum(-1, keepdim=True)
+        weight = self.chain.p * self.chain.moves
+        for _ in range(20):
+            away = torch.einsum("sa,sac->sc", weight, value[:, None] - value[self.chain.after])
+            change = torch.linalg.lu_solve(self.lu, self.pivots, f - end * value - away)
+            value = value + change
+            if bool((change.abs().amax(0) <= 1e-13 * value.abs().amax(0)).all()):
+                return value
+        raise ArithmeticError(
+            f"expected strings that end often enough for double precision, got a system of {len(f)} pairs of states "
+            f"whose solution does not settle; pass max_tokens"
+        )
+
+    def visits(self) -> Float[Tensor, " s"]:
         """``(I − Mᵀ)^-1 e_0``: expected visits to each pair."""
-        start = torch.zeros(self.size, 1, dtype=torch.float64)
+        start = torch.zeros(len(self.lu), 1, dtype=torch.float64)
         start[0] = 1.0
         return torch.linalg.lu_solve(self.lu, self.pivots, start, adjoint=True)[:, 0]
