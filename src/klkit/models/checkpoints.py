@@ -155,7 +155,7 @@ def read_network(spec: ModelSpec) -> tuple[Any, tuple[str, ...]]:
     if missing:
         raise ValueError(
             f"expected all weights of {type(network).__name__} in {spec.path!r}, got a checkpoint that lacks "
-            f"{len(missing)} ({', '.join(missing[:3])}); random numbers would stand in for them: complete the checkpoint"
+            f"{len(missing)} ({', '.join(missing[:3])}); random numbers would stand in: complete the checkpoint"
         )
     if "device_map" not in settings:
         network = network.to(device)
@@ -206,7 +206,7 @@ def _device(name: str) -> torch.device:
     ready = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not ready.get(device.type, True):
         raise ValueError(
-            f"expected a device that this torch can use, got {name!r}, for which it finds no hardware or was not built; "
+            f"expected a device that this torch can use, got {name!r}, for which it was not built or finds nothing; "
             f"leave device=... out to run on the CPU"
         )
     return device

@@ -290,8 +290,8 @@ class HuggingFaceModel:
                 )
             if not _close(self._trunk(tokens[:, :-1], mask[:, :-1])[0], logits[:, :-1], 512):
                 raise ValueError(
-                    f"expected a causal language model, got {type(self.model).__name__}, whose prediction of a token changes "
-                    f"with what comes after it; load a model that was trained to predict the next token"
+                    f"expected a causal language model, got {type(self.model).__name__}, whose prediction of a token "
+                    f"changes with what comes after it; load a model that was trained to predict the next token"
                 )
             size = int(logits.shape[-1])
             self._head = head
