@@ -84,7 +84,7 @@ def contexts(model: LanguageModel, prompts: Prompts | None) -> list[Int[Tensor, 
     Example:
         >>> from klkit.models.automaton import coin
         >>> [c.tolist() for c in contexts(coin(end=0.5), None)]
-        [[0]]
+        [[1]]
     """
     return [model.context(None)] if prompts is None else [model.context(content) for content in prompts.contents]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +14,8 @@ import transformers
 from torch import Tensor
 
 from klkit.models.hf import HuggingFaceModel
-from klkit.models.spec import ModelSpec, locate
+from klkit.models.spec import ADAPTER_FILE, ModelSpec, locate
 
-ADAPTER_FILE = "adapter_config.json"
 library: Any = transformers  # its own annotations are partial
 
 
@@ -179,11 +177,6 @@ def read_tokenizer(spec: ModelSpec) -> Any:
 
 
 def _check_folder(spec: ModelSpec, folder: Path) -> None:
-    if (folder / ADAPTER_FILE).is_file() and not (folder / "config.json").is_file():
-        base = json.loads((folder / ADAPTER_FILE).read_text()).get("base_model_name_or_path") or "BASE"
-        raise ValueError(
-            f"expected a model, got {spec.path!r}, which is an adapter; load it on its base: {base},peft={spec.path}"
-        )
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"expected a checkpoint folder with config.json, got {spec.path!r}, which holds {_listing(folder)}; "

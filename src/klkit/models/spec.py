@@ -8,6 +8,7 @@ checkpoint, reads no pickles and asks the network for nothing that lies in a fol
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from importlib import resources
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
 QUANTIZATIONS = ("8bit", "4bit")
 PACKAGED = "klkit:"
+ADAPTER_FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ class ModelSpec:
     def parse(cls, text: str, **overrides: Any) -> ModelSpec:
         """Read a spec string; ``overrides`` win over what it says.
 
+        A folder that holds an adapter only stands for the adapter on the base model that it names.
+
         Raises:
             ValueError: an option is unknown, repeated, or has a value it cannot have.
 
@@ -93,6 +97,8 @@ class ModelSpec:
                 merged[key] = _boolean(key, merged[key])
         if not isinstance(merged.get("ends", ""), str):
             merged["ends"] = "+".join(str(i) for i in merged["ends"])
+        if "peft" not in merged and (base := _base_of_adapter(path)) is not None:
+            path, merged["peft"] = base, path
         spec = cls(path=path, **merged)
         _one_of("dtype", spec.dtype, DTYPES)
         _one_of("quantization", spec.quantization, QUANTIZATIONS)
@@ -138,9 +144,10 @@ def load(spec: str, *, name: str | None = None, **overrides: Any) -> HuggingFace
         ImportError: the spec needs a library that is not installed.
 
     Example:
-        >>> load("folder/that/is/not/there/at/all")
+        >>> load("./no-such-folder")
         Traceback (most recent call last):
-        FileNotFoundError: expected ...
+            ...
+        FileNotFoundError: expected a folder with a checkpoint in Hugging Face format, got './no-such-folder', ...
     """
     from klkit.models.checkpoints import load_one
 
@@ -200,6 +207,16 @@ def locate(path: str) -> str:
             f"{'a file' if folder.exists() else 'not there'}; check the path, seen from {Path.cwd().name or '/'}"
         )
     return path
+
+
+def _base_of_adapter(path: str) -> str | None:
+    """The base model that an adapter's folder names; None if ``path`` is no such folder."""
+    name = path.removeprefix(PACKAGED)
+    folder = Path(locate(path) if path.startswith(PACKAGED) and name in packaged_names() else path).expanduser()
+    if (folder / "config.json").is_file() or not (folder / ADAPTER_FILE).is_file():
+        return None
+    base: str | None = json.loads((folder / ADAPTER_FILE).read_text()).get("base_model_name_or_path")
+    return base or None
 
 
 def _resolved(path: str) -> str:
