@@ -72,8 +72,9 @@ def sample_sets(
         )
     prompt, replicate, cluster = name_strings(len(contexts), prompt, replicate, cluster)
     names = list(zip(prompt, replicate, strict=True))
-    shift = torch.cat([torch.rand(1, generator=rng.stream(seed, "set", *name), dtype=torch.float64) for name in names])
-    code = ((shift[:, None] + torch.arange(size, dtype=torch.float64) / size) % 1).reshape(-1)
+    shifts = [torch.rand((), generator=rng.stream(seed, "set", *name), dtype=torch.float64).item() for name in names]
+    spaced = torch.arange(size, dtype=torch.float64) / size
+    code = ((torch.tensor(shifts, dtype=torch.float64)[:, None] + spaced) % 1).flatten()
     generators = [rng.stream(seed, "code", *name, j) for name in names for j in range(size)]
     fresh = torch.empty(len(code), SLAB, 2, dtype=torch.float64)
 
