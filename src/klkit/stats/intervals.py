@@ -7,6 +7,7 @@ fixed text, else the string. Everything here therefore works on cluster totals.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +46,8 @@ def cluster_totals(
     Shapes: three of ``(n,)`` to two of ``(c,)``. Contributions may be infinite.
 
     Raises:
-        ValueError: a contribution is NaN, a weight is negative or not finite, or all weights are zero.
+        ValueError: a contribution is NaN, infinite ones have both signs, a weight is negative or not finite, or all
+            weights are zero.
 
     Example:
         >>> totals, weights = cluster_totals(np.array([1.0, 2.0, 4.0]), np.ones(3), np.array([0, 0, 7]))
@@ -63,6 +65,8 @@ def cluster_totals(
             f"expected contributions that are numbers, got NaN for {int(undefined.sum())} of {len(contributions)} "
             f"strings (first: {int(undefined.argmax())}); look at the models' outputs on that string"
         )
+    if contributions.max(initial=0) == np.inf and contributions.min(initial=0) == -np.inf:
+        raise ValueError("expected infinite contributions of one sign, got both signs; their sum is undefined")
     if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
         raise ValueError(
             f"expected finite non-negative weights that are not all zero, got values from {np.min(weights, initial=0)} "
@@ -160,16 +164,18 @@ def studentised(
     """
     clusters = len(residuals)
     products = np.stack([residuals, weights, residuals**2, residuals * weights, weights**2], axis=1)
-    rows = max(1, CHUNK // clusters)
-    parts = []
-    for first in range(0, RESAMPLES, rows):
-        size = min(rows, RESAMPLES - first)
-        drawn = generator.integers(clusters, size=(size, clusters)) + clusters * np.arange(size)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=size * clusters).reshape(size, clusters)
-        parts.append(counts @ products)
-    e, w, ee, ew, ww = np.concatenate(parts).T
+    e, w, ee, ew, ww = np.concatenate([counts @ products for counts in resamples(clusters, generator)]).T
     with np.errstate(divide="ignore", invalid="ignore"):
         shift = e / w  # R* − R; zero over zero where a resample has no weight at all
         squares = np.maximum(ee - 2 * shift * ew + shift**2 * ww, 0.0)
         deviates = shift / (np.sqrt(clusters / (clusters - 1) * squares) / w)
     return np.where(np.isnan(deviates), 0.0, deviates)
+
+
+def resamples(clusters: int, generator: np.random.Generator) -> Iterator[NDArray[np.float64]]:
+    """How often each cluster is drawn in 1999 bootstrap resamples, some at a time: arrays ``(some, c)``."""
+    rows = max(1, CHUNK // clusters)
+    for first in range(0, RESAMPLES, rows):
+        size = min(rows, RESAMPLES - first)
+        drawn = generator.integers(clusters, size=(size, clusters)) + clusters * np.arange(size)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=size * clusters).reshape(size, clusters).astype(np.float64)

@@ -7,9 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from klkit.stats.intervals import MINIMUM_CLUSTERS, Interval
-
-RESAMPLES = 1999
+from klkit.stats.intervals import MINIMUM_CLUSTERS, Interval, resamples
 
 
 def quantile_interval(
@@ -69,10 +67,7 @@ def quantile_interval(
     if carriers < MINIMUM_CLUSTERS:
         reason = f"none ({carriers} of {clusters} clusters reach beyond this quantile)"
         return estimate, Interval(level, nothing, nothing, reason)
-    generator = np.random.default_rng(seed)
-    drawn = np.stack(
-        [np.bincount(generator.integers(clusters, size=clusters), minlength=clusters) for _ in range(RESAMPLES)]
-    )
+    drawn = np.concatenate(list(resamples(clusters, np.random.default_rng(seed))))
     needed = probability * (drawn @ sizes)
 
     def reached(rank: int) -> float:

@@ -12,7 +12,7 @@ NODES, NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
 @lru_cache(maxsize=1024)
-def student_quantile(probability: float, df: float) -> float:
+def student_quantile(probability: float, df: float | int) -> float:
     """``F⁻¹(probability)`` of Student's t with ``df`` degrees of freedom.
 
     With ``t = √df tan θ`` the distribution function is ``½ + c ∫₀^θ cos^(df−1)``: a smooth integrand on a
@@ -49,7 +49,7 @@ def student_quantile(probability: float, df: float) -> float:
     return math.sqrt(df) * math.tan(angle)
 
 
-def _log_gamma_ratio(df: float) -> float:
+def _log_gamma_ratio(df: float | int) -> float:
     """``log Γ((df+1)/2) − log Γ(df/2)``, by its expansion where the two would cancel."""
     if df < 200:
         return math.lgamma((df + 1) / 2) - math.lgamma(df / 2)

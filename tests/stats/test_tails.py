@@ -1,0 +1,58 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from klkit.stats.tails import pareto_khat, tail, top_share
+
+
+@pytest.mark.parametrize("k", [-0.3, 0.0, 0.3, 0.5, 0.8, 1.2])
+def test_recovers_the_shape_of_generalised_pareto_samples(k):
+    """Twenty samples of 20,000: each fit uses 425 values, so the mean has an error of about (1 + k)/√8500."""
+    found = [pareto_khat(stats.genpareto.rvs(k, size=20_000, random_state=seed)) for seed in range(20)]
+    shrunk = (425 * k + 10 * 0.5) / 435
+    assert np.mean(found) == pytest.approx(shrunk, abs=4 * (1 + abs(k)) / math.sqrt(8500))
+
+
+def test_agrees_with_maximum_likelihood():
+    x = stats.genpareto.rvs(0.6, size=5000, random_state=1)
+    top = np.sort(x)[-213:]
+    likelihood = stats.genpareto.fit(top - np.sort(x)[-214], floc=0)[0]
+    assert pareto_khat(x) == pytest.approx((213 * likelihood + 5) / 223, abs=0.03)
+
+
+def test_does_not_depend_on_units_or_order():
+    x = np.random.default_rng(0).pareto(2, size=500)
+    assert pareto_khat(1e-9 * x[::-1] + 0.0) == pytest.approx(pareto_khat(x), rel=1e-9)
+    assert pareto_khat(x - 5) == pytest.approx(pareto_khat(x), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sample", "word"),
+    [
+        (lambda g: g.exponential(size=1000), "light"),
+        (lambda g: g.pareto(1 / 0.6, size=100_000), "doubtful"),
+        (lambda g: g.pareto(1.0, size=1000), "unreliable"),
+        (lambda g: np.full(1000, 0.1), "unknown"),
+        (lambda g: g.exponential(size=20), "unknown"),
+        (lambda g: np.r_[np.zeros(990), np.arange(10.0)], "unknown"),
+    ],
+)
+def test_verdicts(sample, word):
+    assert tail(sample(np.random.default_rng(0))).verdict.startswith(word)
+
+
+def test_an_infinite_value_is_the_heaviest_tail():
+    found = tail(np.r_[np.ones(50), math.inf])
+    assert found.khat == math.inf
+    assert math.isnan(found.top_share)
+    assert found.verdict.startswith("unreliable")
+
+
+def test_top_share():
+    assert top_share(np.ones(1000)) == pytest.approx(0.01)
+    assert top_share(np.ones(1050)) == pytest.approx(11 / 1050)
+    assert top_share(np.array([5.0])) == 1
+    assert math.isnan(top_share(np.zeros(10)))
+    assert math.isnan(top_share(np.array([-1.0, 0.5])))
