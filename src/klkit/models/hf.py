@@ -132,11 +132,11 @@ class HuggingFaceModel:
         if not x.decisions:
             return torch.zeros(0, self.width, dtype=self.dtype)
         self._check_window(int(x.stop.max()))
-        # The last token of a string predicts nothing that is scored, so it is not read.
-        columns = int(x.stop.max()) - 1
-        mask = (torch.arange(columns) < x.stop[:, None]).long()
+        # The last token of a string predicts nothing that is scored, so it is not read. Padding on the
+        # right needs no mask, since the model is causal, and a mask would leave rows with nothing to see.
+        tokens = x.tokens[:, : int(x.stop.max()) - 1]
         with torch.inference_mode():
-            hidden, _ = self._trunk(x.tokens[:, :columns], mask)
+            hidden, _ = self._trunk(tokens, torch.ones_like(tokens))
             row, column = x.predictors()
             return hidden[row.to(hidden.device), column.to(hidden.device)]
 
@@ -213,10 +213,9 @@ class HuggingFaceModel:
             return hidden[:, -1]
 
     def _reread(self, tokens: Int[Tensor, "b l"], length: Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
-        width = int(length.max())
-        mask = (torch.arange(width) < length[:, None]).long()
+        tokens = tokens[:, : int(length.max())]
         with torch.inference_mode():
-            hidden, _ = self._trunk(tokens[:, :width], mask)
+            hidden, _ = self._trunk(tokens, torch.ones_like(tokens))
             return hidden[torch.arange(len(length)), (length - 1).to(hidden.device)]
 
     # ------------------------------------------------------------------------------- the two halves
@@ -371,8 +370,9 @@ def _after_head(config: Any) -> tuple[float, float | None]:
 
 def _close(a: Tensor, b: Tensor, roundings: int) -> bool:
     """Whether two tensors agree to so many roundings of the coarser format, relative to the largest entry."""
-    a, b = a.to(b.device), b
-    eps = max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
+    a = a.to(b.device)
+    # Parts of many architectures work in fp32 even where the weights are fp64.
+    eps = max(torch.finfo(t.dtype).eps for t in (a, b, torch.empty(0)))
     finite = torch.isfinite(b)
     if not bool((torch.isfinite(a) == finite).all()):
         return False
