@@ -84,10 +84,11 @@ def jeffreys(forward: Estimate, backward: Estimate) -> Estimate:
 
 
 def combine(forward: Estimate, backward: Estimate, *, share: float, divergence: str, direction: str) -> Estimate:
-    """``share · (forward + backward)`` of two independent runs over the same clusters.
+    """``share · (forward + backward)`` of two runs over the same clusters.
 
     Strings are scaled so that the totals of a cluster hold both runs' part in the sum. A prompt that is
-    hard in both directions then counts as one observation, as it should for the standard error.
+    hard in both directions, or randomness that both runs share, then counts as it should for the standard
+    error.
 
     Raises:
         ValueError: different methods or estimands, or clusters that do not hold the same share of both runs.

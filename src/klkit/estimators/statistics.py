@@ -57,7 +57,7 @@ class TokenStatistics:
         return torch.zeros_like(logp) if mu is None else logp - mu.double()
 
     def prefix_weight(self) -> Float[Tensor, " m"]:
-        """``Π_{i<n} p(y_i)/μ(y_i)``: with it a mean over ``μ``'s strings is one over ``p``'s, for functions of the prefix."""
+        """``Π_{i<n} p(y_i)/μ(y_i)``: a function of the prefix times this has ``p``'s mean over strings of ``μ``."""
         return self.before(self.importance_ratio()).exp()
 
     def token_weight(self) -> Float[Tensor, " m"]:
@@ -67,6 +67,19 @@ class TokenStatistics:
     def string_weight(self) -> Float[Tensor, " n"]:
         """``p(y)/μ(y)``: the same for functions of the whole string."""
         return self.per_string(self.importance_ratio()).exp()
+
+    def select(self, strings: Int[Tensor, " k"]) -> TokenStatistics:
+        """The statistics of the strings ``strings``, in that order."""
+        first = self.x.lengths.cumsum(0) - self.x.lengths
+        lengths = self.x.lengths[strings]
+        starts = torch.repeat_interleave(first[strings] - (lengths.cumsum(0) - lengths), lengths)
+        keep = starts + torch.arange(int(lengths.sum()))
+        return TokenStatistics(
+            x=self.x.select(strings),
+            rows=RowStatistics(**{f.name: getattr(self.rows, f.name)[keep] for f in fields(RowStatistics)}),
+            features=self.features[keep],
+            mixture=None if self.mixture is None else self.mixture[keep],
+        )
 
     @staticmethod
     def cat(parts: Sequence[TokenStatistics]) -> TokenStatistics:

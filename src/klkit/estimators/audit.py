@@ -1,0 +1,306 @@
+"""The self-audit: what the drawn tokens themselves say about whether they came from ``p``.
+
+Under ``p`` the log-ratio and the surprisal of a drawn token have a mean and a variance that the scoring pass
+computes exactly. Their standardised sums therefore need no reference: a wrong temperature, top-p left on,
+tokens shifted by one or an adapter that is not active show up as scores far outside the normal range.
+
+Language models have heavy tails, so a normal range proves nothing in a small run. The bounds at which
+a check fails hold for any law and any number of decisions: a correct pipeline fails with
+probability below one in a million.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from klkit.estimators.statistics import TokenStatistics
+from klkit.results import jsonable
+from klkit.stats.intervals import cluster_totals
+from klkit.stats.student import student_quantile
+
+FALSE_ALARM = 1e-6  # probability that a correct pipeline fails any of the checks below
+TESTS = 3  # checks that share it
+SCALES = 10.0 ** np.arange(-12, 9)  # variances (nats²) for which the bound is tuned, one a decade
+WARNING = 3.0  # standard errors
+TRUNCATED = 0.05  # share of cut strings worth a warning
+EFFECTIVE = 0.1  # share of weighted strings that ought to count
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One question put to the pipeline.
+
+    Attributes:
+        name: what was checked.
+        value: the statistic.
+        threshold: what it was held against.
+        verdict: ``"pass"``, ``"warn"`` or ``"fail"``.
+        advice: one sentence: what the value means, and what to look at if it is not good.
+    """
+
+    name: str
+    value: float
+    threshold: float
+    verdict: str
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """All checks that apply to a run.
+
+    Attributes:
+        checks: in the order they were made.
+        exempt: why other checks do not apply, if so.
+    """
+
+    checks: tuple[Check, ...]
+    exempt: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed."""
+        return all(check.verdict != "fail" for check in self.checks)
+
+    def __getitem__(self, name: str) -> Check:
+        return next(check for check in self.checks if check.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The audit as plain JSON values."""
+        return {
+            "passed": self.passed,
+            "exempt": self.exempt,
+            "checks": {
+                check.name: {
+                    "value": jsonable(check.value),
+                    "threshold": jsonable(check.threshold),
+                    "verdict": check.verdict,
+                    "advice": check.advice,
+                }
+                for check in self.checks
+            },
+        }
+
+
+def audit(
+    statistics: TokenStatistics,
+    *,
+    given: bool = False,
+    same: bool = False,
+    pieces: Callable[[Sequence[int]], list[str]] | None = None,
+) -> Audit:
+    """Check that the strings came from ``p``, and that the numbers computed from them are sound.
+
+    Two of the checks are ``z = Σ (u_n − D_n) / √Σ Var(u_n)`` and ``z = Σ (s_n − H_n) / √Σ Var(s_n)`` over
+    decisions, with ``u_n`` the log-ratio and ``s_n = −log p`` the surprisal of the drawn token, and mean and variance
+    exact given the prefix. They fail beyond :func:`tail_bound`.
+
+    Args:
+        given: the strings are a text from elsewhere, so nothing about ``p``'s draws can be checked.
+        same: ``p`` and ``q`` are meant to be one model, so that a divergence of exactly 0 is no surprise.
+        pieces: tokens to text, for the advice on excluded tokens (``model.pieces``).
+
+    Example:
+        >>> from klkit.estimators.statistics import score
+        >>> from klkit.models.automaton import coin
+        >>> from klkit.sampling.ancestral import sample
+        >>> p, q = coin(end=0.5), coin(end=0.25)
+        >>> x = sample(p, [p.context(None)] * 200, max_tokens=60, seed=0, prompt=[0] * 200).sequences
+        >>> audit(score(p, q, x)).passed, audit(score(q, p, x)).passed
+        (True, False)
+    """
+    rows, x = statistics.rows, statistics.x
+    checks = [numbers(statistics), impossible(statistics, drawn=not given and x.sampler_logp is None)]
+    # Judged by the prefix alone, as it must be for the sums that are left to be martingales.
+    usable = rows.kl.isfinite() & rows.entropy_p.isfinite() & rows.variance_logp.isfinite() & (rows.lost == 0)
+    usable &= rows.logp > -torch.inf
+    exempt = ""
+    if given:
+        exempt = "the text was given, not drawn from p: its tokens cannot be tested against p"
+    elif x.sampler_logp is not None:
+        exempt = "the strings were drawn by another law than p: their tokens cannot be tested against p"
+        checks.append(weights(statistics))
+    else:
+        noise = rounding(statistics)
+        checks += [
+            standardised(
+                "log_ratio_z",
+                (statistics.log_ratio.double() - rows.kl.double())[usable],
+                rows.variance_ratio.double()[usable],
+                noise[usable],
+                "Log-ratios of the drawn tokens against their exact means",
+            ),
+            standardised(
+                "surprisal_z",
+                (-rows.logp.double() - rows.entropy_p.double())[usable],
+                rows.variance_logp.double()[usable],
+                noise[usable],
+                "Surprisals of the drawn tokens against p's entropy",
+            ),
+            likelihood(statistics),
+            *paired(statistics, usable),
+        ]
+    if not given:
+        checks.append(truncation(statistics))
+    return Audit((*checks, excluded(statistics, pieces), zero(statistics, same)), exempt)
+
+
+def tail_bound(quadratic: float, variance: float, alarm: float) -> float:
+    """How large ``|Σ X_n|`` may be for martingale differences, but for a chance of ``alarm``: nats to nats.
+
+    For any square-integrable ``X_n``, however heavy their tails, ``exp(λS − λ²W/2)`` is a
+    supermartingale with ``W = (Σ X_n² + 2 Σ Var X_n)/3``. Mixing it over normal ``λ`` of variance ``1/ρ`` gives
+    ``S² ≤ (W + ρ) log((W + ρ)/(ρ alarm²))`` for all run lengths at once; several ``ρ`` make it free of scale. In units
+    of ``√W`` the bound is about 6.4 for one in three million.
+
+    Args:
+        quadratic: ``Σ X_n²``.
+        variance: ``Σ Var(X_n | prefix)``.
+        alarm: chance of exceeding the bound.
+
+    Source: B. Delyon (2009), Exponential inequalities for sums of weakly dependent variables; V. H. de la Peña,
+    T. L. Lai and Q.-M. Shao (2009), Self-Normalized Processes.
+
+    Example:
+        >>> round(tail_bound(2000.0, 2000.0, 1e-6 / 3) / 2000**0.5, 1)
+        6.4
+    """
+    w = (quadratic + 2 * variance) / 3
+    return float(np.sqrt((w + SCALES) * np.log((w + SCALES) / SCALES * (len(SCALES) / alarm) ** 2)).min())
+
+
+def standardised(
+    name: str, difference: Float[Tensor, " m"], variance: Float[Tensor, " m"], noise: Float[Tensor, " m"], what: str
+) -> Check:
+    """Hold the sum of mean-zero differences of known variance against the bound for any law."""
+    total, spread, slack = float(difference.sum()), math.sqrt(float(variance.sum())), float(noise.sum())
+    bound = tail_bound(float(difference @ difference), spread**2, FALSE_ALARM / TESTS) + slack
+    # Without any variance only rounding is left, and more than that is wrong at any odds.
+    z = total / spread if spread else math.copysign(math.inf, total) if abs(total) > slack else 0.0
+    threshold = bound / spread if spread else 0.0
+    verdict = "fail" if abs(z) > threshold else "warn" if abs(total) > WARNING * spread + slack else "pass"
+    advice = {
+        "pass": f"{what} are as expected.",
+        "warn": f"{what} are {z:+.1f} standard errors off, which chance does in few runs; draw more strings.",
+        "fail": f"{what} are {z:+.1f} standard errors off: the strings were not drawn from the p that scored them; "
+        f"look for a temperature, top-k or top-p, tokens shifted by one, padding read as text, or an inactive adapter.",
+    }
+    return Check(name, z, threshold, verdict, advice[verdict])
+
+
+def rounding(statistics: TokenStatistics) -> Float[Tensor, " m"]:
+    """What rounding may add to each difference: a few units in the last place of the log-probabilities."""
+    logp, logq = statistics.rows.logp, statistics.rows.logq
+    size = 1 + logp.double().abs() + logq.double().abs().where(logq > -torch.inf, 0.0)
+    return 8 * torch.finfo(logp.dtype).eps * size
+
+
+def likelihood(statistics: TokenStatistics) -> Check:
+    """``log q(strings)/p(strings)``: under ``p`` its exponential has mean one at most, so it cannot get large."""
+    ratio = statistics.log_ratio.double()
+    value, threshold = float(-ratio[~ratio.isnan()].sum()), math.log(TESTS / FALSE_ALARM)
+    if value > threshold:
+        advice = f"The strings are e^{value:.0f} times as probable under q as under p: p and q may be swapped."
+        return Check("likelihood_ratio", value, threshold, "fail", advice)
+    return Check("likelihood_ratio", value, threshold, "pass", "The strings are no more probable under q.")
+
+
+def paired(statistics: TokenStatistics, usable: Bool[Tensor, " m"]) -> list[Check]:
+    """Monte Carlo against Rao-Blackwell on the same strings, in clustered standard errors; none below 10 clusters."""
+    difference = (statistics.log_ratio.double() - statistics.rows.kl.double()).where(usable, 0.0)
+    cluster = statistics.x.cluster.numpy()
+    totals, _ = cluster_totals(statistics.per_string(difference).numpy(), np.ones(len(cluster)), cluster)
+    if len(totals) < 10:
+        return []
+    spread = float(totals.std(ddof=1)) * math.sqrt(len(totals))
+    slack = float(rounding(statistics)[usable].sum())
+    z = float(totals.sum()) / spread if spread else 0.0
+    # The t quantile of the same tail as three standard errors: few clusters vary more.
+    threshold = student_quantile(0.5 * (1 + math.erf(WARNING / math.sqrt(2))), len(totals) - 1)
+    if abs(float(totals.sum())) > threshold * spread + slack:
+        advice = f"Monte Carlo and Rao-Blackwell disagree by {z:+.1f} clustered standard errors; compare log_ratio_z."
+        return [Check("mc_against_rb_z", z, threshold, "warn", advice)]
+    return [Check("mc_against_rb_z", z, threshold, "pass", "Monte Carlo and Rao-Blackwell agree on these strings.")]
+
+
+def weights(statistics: TokenStatistics) -> Check:
+    """Share of the strings' number that is left once importance weights are counted (Kong, 1992)."""
+    weight = statistics.string_weight()
+    square = float(weight @ weight)
+    share = float(weight.sum()) ** 2 / square / len(weight) if square > 0 else 0.0
+    if share < EFFECTIVE:
+        advice = f"{share:.1%} of the weighted strings count as many as p's own would: draw closer to p."
+        return Check("effective_share", share, EFFECTIVE, "warn", advice)
+    return Check("effective_share", share, EFFECTIVE, "pass", "Importance weights are spread over many strings.")
+
+
+def numbers(statistics: TokenStatistics) -> Check:
+    """Decisions with a statistic that is not a number."""
+    rows = statistics.rows
+    values = torch.stack([rows.logp, rows.logq, rows.kl, rows.entropy_p, rows.variance_logp])
+    count = int(values.isnan().any(0).sum())
+    if count:
+        advice = f"{count} decisions gave NaN: look for overflow in half precision, and load the models with float32."
+        return Check("not_a_number", count, 0, "fail", advice)
+    return Check("not_a_number", 0, 0, "pass", "Every decision gave numbers.")
+
+
+def impossible(statistics: TokenStatistics, *, drawn: bool) -> Check:
+    """Tokens of the strings to which ``p`` gives no probability at all."""
+    count = int((statistics.rows.logp == -torch.inf).sum())
+    if not count:
+        return Check("impossible_tokens", 0, 0, "pass", "p allows every token of the strings.")
+    if drawn:
+        advice = f"p cannot have drawn {count} of the tokens; were they sampled from another model or vocabulary?"
+        return Check("impossible_tokens", count, 0, "fail", advice)
+    advice = f"p excludes {count} tokens of the strings, which it did not write itself; see that this is meant."
+    return Check("impossible_tokens", count, 0, "warn", advice)
+
+
+def truncation(statistics: TokenStatistics) -> Check:
+    """Share of strings that were cut at the length limit."""
+    share = 1 - float(statistics.x.finished.double().mean())
+    if share > TRUNCATED:
+        advice = (
+            f"{share:.1%} of the strings were cut, so this is the divergence up to the length limit, a lower bound on "
+            f"that of whole responses; raise max_tokens if you want the latter."
+        )
+        return Check("truncated_share", share, TRUNCATED, "warn", advice)
+    return Check("truncated_share", share, TRUNCATED, "pass", f"{share:.1%} of the strings were cut.")
+
+
+def excluded(statistics: TokenStatistics, pieces: Callable[[Sequence[int]], list[str]] | None) -> Check:
+    """Decisions at which ``q`` excludes tokens that ``p`` allows, and which tokens."""
+    lost = statistics.rows.lost
+    infinite = lost > 0
+    count = int(infinite.sum())
+    if not count:
+        return Check("infinite_decisions", 0, 0, "pass", "q allows whatever p does.")
+    common = [token for token, _ in Counter(statistics.rows.excluded[infinite].tolist()).most_common(5)]
+    named = ", ".join(repr(piece) for piece in pieces(common)) if pieces else ", ".join(map(str, common))
+    advice = (
+        f"The divergence is infinite: at {count} of {len(lost)} decisions q excludes tokens to which p gives "
+        f"{float(lost[infinite].double().mean()):.2g} on average, most often {named}; compare unprocessed models, or "
+        f"use the Jensen-Shannon divergence."
+    )
+    return Check("infinite_decisions", count, 0, "warn", advice)
+
+
+def zero(statistics: TokenStatistics, same: bool) -> Check:
+    """Whether every single decision's divergence is exactly zero."""
+    share = float((statistics.rows.kl == 0).double().mean())
+    if same:
+        return Check("exact_zero_share", share, 1, "pass", "The two sides are said to be one model.")
+    if share == 1:
+        advice = "Every divergence is exactly 0: both sides are the same weights; is the adapter loaded and active?"
+        return Check("exact_zero_share", share, 1, "warn", advice)
+    return Check("exact_zero_share", share, 1, "pass", "The two sides differ.")
