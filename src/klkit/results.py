@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from klkit.stats.intervals import Interval, cluster_totals, ratio_interval, ratio_stderr
 
 NATS_PER_BIT = math.log(2.0)
+SCHEMA = "klkit.result/1"
 ESTIMANDS = {
     "S": "per response",
     "R": "per token (ratio of expectations)",
@@ -20,7 +22,7 @@ ESTIMANDS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Estimate:
     """A divergence with everything one must know to read it.
 
@@ -35,10 +37,23 @@ class Estimate:
         estimand: ``"S"``, ``"R"`` or ``"F"``.
         contributions: numerator of each string, ``(n,)``.
         weights: denominator of each string, ``(n,)``.
-        cluster: the independent unit of each string, ``(n,)``.
+        cluster: the independent unit of each string, ``(n,)``; estimates that are merged share these names.
         truncated: share of strings cut at the length limit.
         infinite: decisions at which ``q`` excludes a token that ``p`` allows.
         notes: whatever a reader must be told beside the number.
+        unit: ``"nats"`` or ``"bits"``, for printing.
+
+    Raises:
+        ValueError: no strings, arrays of different lengths, an unknown estimand or unit, or contributions and
+            weights that have no mean (see :func:`klkit.stats.intervals.cluster_totals`).
+
+    Example:
+        >>> ones = np.ones(4)
+        >>> estimate = Estimate("rb", "kl", "KL(p‖q)", "S", np.array([0.5, 1.0, 1.5, 1.0]), ones, np.arange(4))
+        >>> estimate.value, round(estimate.stderr, 3)
+        (1.0, 0.204)
+        >>> print(estimate)
+        KL(p‖q) = 1 nats per response, no 95% interval (fewer than 10 clusters), rb, n = 4 strings in 4 clusters
     """
 
     method: str
@@ -60,6 +75,11 @@ class Estimate:
             raise ValueError(
                 f"expected one contribution, weight and cluster for each of at least one string, "
                 f"got {n}, {len(self.weights)} and {len(self.cluster)}"
+            )
+        if self.estimand not in ESTIMANDS or self.unit not in ("nats", "bits"):
+            raise ValueError(
+                f"expected an estimand among {', '.join(ESTIMANDS)} and the unit nats or bits, got {self.estimand!r} "
+                f"and {self.unit!r}"
             )
         object.__setattr__(self, "_totals", cluster_totals(self.contributions, self.weights, self.cluster))
 
@@ -101,7 +121,9 @@ class Estimate:
         parts = (self, *others)
         keys = {(e.method, e.divergence, e.direction, e.estimand) for e in parts}
         if len(keys) > 1:
-            raise ValueError(f"expected estimates of one quantity by one method, got {sorted(keys)}; merge like with like")
+            raise ValueError(
+                f"expected estimates of one quantity by one method, got {sorted(keys)}; merge like with like"
+            )
         n = sum(e.n for e in parts)
         return replace(
             self,
@@ -137,14 +159,22 @@ class Estimate:
             "notes": list(self.notes),
         }
 
-    def __str__(self) -> str:
-        interval = self.interval()
+    def describe_interval(self, level: float = 0.95) -> str:
+        """The interval in words and in the printing unit, with its method."""
+        interval = self.interval(level)
+        if math.isnan(interval.lower):
+            return f"no {level:.0%} interval {interval.method.removeprefix('none ')}"
         lower, upper = self.in_unit(interval.lower), self.in_unit(interval.upper)
+        return f"{level:.0%} interval [{lower:.6g}, {upper:.6g}] ({interval.method})"
+
+    def __str__(self) -> str:
         return (
             f"{self.direction} = {self.in_unit(self.value):.6g} {self.unit} {ESTIMANDS[self.estimand]}, "
-            f"{interval.level:.0%} interval [{lower:.6g}, {upper:.6g}] ({interval.method}), "
-            f"{self.method}, n = {self.n} strings in {self.clusters} clusters"
+            f"{self.describe_interval()}, {self.method}, n = {self.n} strings in {self.clusters} clusters"
         )
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(str(self))}</p>"
 
 
 def jsonable(value: float) -> float | str:
@@ -157,32 +187,96 @@ def jsonable(value: float) -> float | str:
     return float(value) if math.isfinite(value) else str(float(value))
 
 
+def plain(value: Any) -> Any:
+    """``value`` with every infinite or undefined number inside its mappings and sequences spelled out.
+
+    Example:
+        >>> plain({"a": (1, float("nan")), "b": "c"})
+        {'a': [1, 'nan'], 'b': 'c'}
+    """
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return jsonable(value) if isinstance(value, float) else value
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """The outcome of one run: a headline, its companions, and the checks that vouch for them.
 
     Attributes:
-        headline: the number to quote (estimand ``S`` from the chosen method; ``F`` on fixed text).
-        estimates: every estimator folded over the same strings, keyed ``"method/estimand"``.
-        audit: name of each check to its outcome (see ``klkit.estimators.audit``).
-        floor: size of the numerical noise: kind, value and stderr in nats.
-        companions: other per-token quantities of the same pass (entropies, agreement, …).
-        provenance: models, dtypes, seeds, versions: what one needs to repeat the run.
+        headline: the number to quote: per response (``S``), or per token of a given text (``F``).
+        estimates: every estimator folded over the same strings, in the order of a table.
+        audit: the self-audit: ``passed``, and each check with its value, threshold and verdict.
+        floor: size of the numerical noise, in nats: ``kind``, ``value``, ``stderr``, ``n``.
+        lower_bound: a bound below the divergence that holds at any stopping time, in nats.
+        tail: Pareto k̂ of the per-string sums and what follows from it.
+        companions: other quantities of the same pass, each with value and standard error.
+        breakdown: where the divergence sits: by position, token, string, end against content.
+        settings: the resolved options.
+        provenance: models, precisions, versions, digests: what one needs to repeat the run.
+        lines: short statements for a terminal or a page, by name.
+        sentence: the headline in one sentence.
+        notes: what a reader must be told beside the numbers.
     """
 
     headline: Estimate
-    estimates: Mapping[str, Estimate]
+    estimates: tuple[Estimate, ...]
     audit: Mapping[str, Any]
     floor: Mapping[str, Any]
+    lower_bound: Mapping[str, Any]
+    tail: Mapping[str, Any]
     companions: Mapping[str, Any]
+    breakdown: Mapping[str, Any]
+    settings: Mapping[str, Any]
     provenance: Mapping[str, Any]
-    notes: Sequence[str] = ()
+    lines: Mapping[str, str]
+    sentence: str
+    notes: tuple[str, ...] = ()
 
     @property
     def failed(self) -> bool:
         """Whether the self-audit found something that makes the number untrustworthy."""
-        return not bool(self.audit.get("passed", True))
+        return not self.audit["passed"]
+
+    @property
+    def variance_ratio_vs_mc(self) -> dict[str, float]:
+        """Variance of each per-response estimator over that of Monte Carlo, from the same strings."""
+        errors = {e.method: e.stderr for e in self.estimates if e.estimand == "S"}
+        mc = errors.get("mc", math.nan)
+        return {method: (error / mc) ** 2 for method, error in errors.items()} if mc > 0 else {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain JSON values under a versioned schema; divergences in the printing unit."""
+        return {
+            "schema": SCHEMA,
+            "sentence": self.sentence,
+            "headline": self.headline.to_dict(),
+            "estimates": [estimate.to_dict() for estimate in self.estimates],
+            "variance_ratio_vs_mc": {name: jsonable(ratio) for name, ratio in self.variance_ratio_vs_mc.items()},
+            "audit": plain(self.audit),
+            "floor": plain(self.floor),
+            "truncated_share": self.headline.truncated,
+            "infinite": self.headline.infinite,
+            "lower_bound": plain(self.lower_bound),
+            "tail": plain(self.tail),
+            "companions": plain(self.companions),
+            "breakdown": plain(self.breakdown),
+            "lines": dict(self.lines),
+            "notes": list(self.notes),
+            "settings": plain(self.settings),
+            "provenance": plain(self.provenance),
+        }
 
     def __str__(self) -> str:
-        verdict = "AUDIT FAILED: do not use this number\n" if self.failed else ""
-        return verdict + str(self.headline)
+        return ("THE SELF-AUDIT FAILED: do not use this number. " if self.failed else "") + self.sentence
+
+    def _repr_html_(self) -> str:
+        rows = [("method", "estimand", "value", "standard error", "interval")]
+        for e in self.estimates:
+            value, stderr = (f"{e.in_unit(x):.6g} {e.unit}" for x in (e.value, e.stderr))
+            rows.append((e.method, ESTIMANDS[e.estimand], value, stderr, e.describe_interval()))
+        cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+        table = "".join(f"<tr>{row}</tr>" for row in cells)
+        return f"<p><strong>{html.escape(str(self))}</strong></p><table>{table}</table>"

@@ -132,7 +132,7 @@ def test_no_variance_gives_the_value(value, method):
     lengths = np.arange(1.0, 31)
     found = ratio_interval(value * lengths, lengths, method=method)
     assert found.lower == found.upper == pytest.approx(value)
-    assert found.method == "exact (no variance)"
+    assert found.method == "exact: no variance"
 
 
 def test_resamples_without_variance_widen_and_are_named():
@@ -142,7 +142,7 @@ def test_resamples_without_variance_widen_and_are_named():
     found = ratio_interval(x, np.ones(20))
     assert found.upper == math.inf
     assert found.lower < x.mean()
-    assert found.method == "bootstrap-t (too few clusters differ)"
+    assert found.method == "bootstrap-t: too few clusters differ"
     x[:10] = 1.0
     assert math.isfinite(ratio_interval(x, np.ones(20)).upper)
 

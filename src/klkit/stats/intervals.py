@@ -133,13 +133,13 @@ def ratio_interval(
     clusters = len(totals)
     value = float(totals.sum() / weights.sum())
     if np.isinf(totals).any():
-        return Interval(level, value, value, "exact (an infinite contribution)")
+        return Interval(level, value, value, "exact: an infinite contribution")
     if clusters < MINIMUM_CLUSTERS:
         return Interval(level, float("nan"), float("nan"), f"none (fewer than {MINIMUM_CLUSTERS} clusters)")
     residuals = totals - value * weights
     # Equal up to the rounding of the sums: resampling would only study the rounding.
     if np.abs(residuals).max() <= 1e-13 * max(np.abs(totals).max(), abs(value) * weights.max()):
-        return Interval(level, value, value, "exact (no variance)")
+        return Interval(level, value, value, "exact: no variance")
     stderr = ratio_stderr(totals, weights)
     if method == "t" or (method == "auto" and clusters >= STUDENT_FROM):
         half = student_quantile((1 + level) / 2, clusters - 1) * stderr
@@ -148,7 +148,7 @@ def ratio_interval(
     rank = max(1, int((RESAMPLES + 1) * (1 - level) / 2 + 1e-9))
     lower, upper = value - float(deviates[-rank]) * stderr, value - float(deviates[rank - 1]) * stderr
     bounded = np.isfinite([lower, upper]).all()
-    return Interval(level, lower, upper, "bootstrap-t" if bounded else "bootstrap-t (too few clusters differ)")
+    return Interval(level, lower, upper, "bootstrap-t" if bounded else "bootstrap-t: too few clusters differ")
 
 
 def studentised(
