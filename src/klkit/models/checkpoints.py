@@ -233,7 +233,8 @@ def _explained(place: str) -> Iterator[None]:
                 f"expected a model that transformers knows, got {place!r}, which brings its own code; "
                 f"read that code, and if you trust it add trust_remote_code=true"
             ) from None
-        if Path(place).expanduser().is_dir() or not isinstance(error, OSError):
+        unreachable = isinstance(error, OSError) or "Can't find" in text
+        if Path(place).expanduser().is_dir() or not unreachable:
             raise ValueError(
                 f"expected a causal language model that transformers can read, got {place!r}: {_first_line(error)}; "
                 f"check the files of the checkpoint"

@@ -14,9 +14,19 @@ from klkit.sequences import Content
 
 
 def token_strings(tokenizer: Any, size: int) -> tuple[str | None, ...]:
-    """The string of each of ``size`` ids; None where the tokenizer defines none (rows of padding)."""
+    """The string of each of ``size`` ids; None where the tokenizer defines none (rows of padding).
+
+    Raises:
+        ValueError: the tokenizer has special tokens only, as one made up for a folder without its files.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if not set(vocabulary) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"expected a tokenizer with ordinary tokens, got {type(tokenizer).__name__} with {len(vocabulary)} special "
+            f"ones only; its files are missing from the checkpoint: name them with tokenizer=FOLDER"
+        )
     strings: list[str | None] = [None] * size
-    for token, i in sorted(tokenizer.get_vocab().items()):
+    for token, i in sorted(vocabulary.items()):
         if i < size:
             strings[i] = token
     return tuple(strings)
@@ -54,11 +64,6 @@ def context_ids(tokenizer: Any, prompt: Content | None, vocabulary: Vocabulary) 
     """
     if isinstance(prompt, Tensor):
         ids = prompt.reshape(-1).long().cpu()
-        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary.size):
-            raise ValueError(
-                f"expected token ids between 0 and {vocabulary.size - 1}, got {int(ids.min())} to {int(ids.max())}; "
-                f"these ids belong to another tokenizer"
-            )
     elif prompt is None or prompt == "":
         ids = torch.empty(0, dtype=torch.long)
     elif isinstance(prompt, str):
@@ -73,6 +78,11 @@ def context_ids(tokenizer: Any, prompt: Content | None, vocabulary: Vocabulary) 
             [dict(message) for message in prompt], add_generation_prompt=True, tokenize=True, return_dict=True
         )
         ids = torch.tensor(filled["input_ids"], dtype=torch.long)
+    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary.size):
+        raise ValueError(
+            f"expected token ids between 0 and {vocabulary.size - 1}, got {int(ids.min())} to {int(ids.max())}; "
+            f"these ids belong to another tokenizer"
+        )
     if len(ids):
         return ids
     bos = tokenizer.bos_token_id
