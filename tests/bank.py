@@ -9,6 +9,7 @@ import torch
 
 from klkit import rng
 from klkit.models.automaton import Automaton, automaton, coin, finite, memoryless, random_automaton
+from klkit.models.ngram import ngram
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,17 @@ def random_pair(
 def random_pairs(count: int, *, states: int = 3, symbols: int = 2) -> list[tuple[Automaton, Automaton]]:
     """The first ``count`` of an endless list of random pairs."""
     return [random_pair(seed, states=states, symbols=symbols) for seed in range(count)]
+
+
+def ngram_pair(order: int = 3) -> tuple[Automaton, Automaton]:
+    """Two character models of two small texts over one alphabet; every token possible everywhere."""
+    p = ["the cat sat on the mat", "the hat that the cat had", "a man sat at the mat"]
+    q = ["no one had the hat on", "the moon is on the sea", "a cat and a hen"]
+    alphabet = sorted(set("".join(p + q)))
+    return (
+        ngram(p, order, smoothing=0.5, symbols=alphabet, name="ngram.p"),
+        ngram(q, order, smoothing=0.5, symbols=alphabet, name="ngram.q"),
+    )
 
 
 def short_pair(seed: int = 0, *, spread: float = 1.0) -> tuple[Automaton, Automaton]:

@@ -317,6 +317,15 @@ def test_strings_too_long_for_double_precision_are_refused() -> None:
         exact(p, q)
 
 
+def test_ngrams_of_different_states() -> None:
+    p, q = bank.ngram_pair(3)
+    assert p.states != q.states
+    answer = exact(p, q)
+    assert answer.pairs > max(p.states, q.states)
+    assert answer.value == pytest.approx(exact(p, q, max_tokens=500).value, rel=1e-10)
+    assert_agrees(exact(p, q, max_tokens=3), p, q, max_tokens=3)
+
+
 @pytest.mark.parametrize("end", [1e-3, 1e-6, 1e-10])
 def test_long_strings_keep_their_digits(end: float) -> None:
     """A coin spread over three states that pass the baton: the plain linear system would lose 1/end digits."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.tiny import folder
 from torch import Tensor
 
 import bank
@@ -15,6 +16,8 @@ from enumeration import scores, strings
 from klkit.estimators.exact import exact
 from klkit.models.automaton import Automaton, automaton, coin, memoryless
 from klkit.models.base import LanguageModel, NotTractable
+from klkit.models.laws import check_laws
+from klkit.models.spec import load
 from klkit.models.wrap import Transformed, as_automaton, extend, restrict, temperature, top_k, top_p
 from klkit.sequences import Sequences
 
@@ -153,6 +156,22 @@ def test_exact_divergence_of_what_a_decoder_samples_from() -> None:
     # Truncation only renormalises: the divergence of a decision is −log of the mass that was kept.
     assert exact(top_k(p, 3), p).value == pytest.approx(-math.log(1 - 0.16) / (0.2 / 0.84), rel=1e-12)
     assert exact(p, top_k(p, 3)).value == math.inf
+
+
+def test_a_neural_model_restricted_to_three_tokens_is_enumerable() -> None:
+    """The same wrappers over a cache, padding and a head; laws checked, strings summed."""
+    base = load(str(folder("gpt2")))
+    end = base.vocabulary.ends[0]
+    model = temperature(restrict(base, [end, 5, 9]), 0.8)
+    assert all(outcome.holds for outcome in check_laws(model, [None, "the film"]))
+    found = strings(model, 4, prompt="the film")
+    assert len(found.x) == 1 + 2 + 4 + 8 * 3
+    assert float(found.probability.sum()) == pytest.approx(1.0, abs=1e-5)
+    logp, rows = scores(model, found.x)
+    total = torch.zeros(len(found.x), dtype=torch.float64).index_add_(0, found.x.row(), logp)
+    torch.testing.assert_close(total, found.logp, rtol=0, atol=1e-4)
+    raw = base.readout(base.encode(found.x)).double()[:, [end, 5, 9]] / 0.8
+    torch.testing.assert_close(rows[:, [end, 5, 9]], raw.log_softmax(-1), rtol=0, atol=1e-4)
 
 
 def test_refusals() -> None:

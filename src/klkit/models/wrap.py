@@ -3,6 +3,9 @@
 A transformation maps the read-out's rows and leaves the trunk alone, so it costs no forward pass,
 composes with any other, and its divergence from any model is estimated, or computed exactly, by the
 same code. This is also how one measures the law that a decoder *really* samples from.
+
+A truncation is a threshold: where rounding moves two nearly equal tokens past each other, one batch
+shape may keep another token than the next. In fp64, and so for automata, that does not happen.
 """
 
 from __future__ import annotations
