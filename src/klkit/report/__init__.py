@@ -1,0 +1,1 @@
+"""The run folder, its plots and its page: read records, compute nothing new."""

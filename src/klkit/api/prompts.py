@@ -1,0 +1,163 @@
+"""Reading prompts and documents from the files people have: txt, jsonl, csv, parquet."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from klkit.sequences import Content, Prompts
+
+SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+
+def resolve(source: str) -> Path:
+    """The file that ``source`` names: a path, or ``klkit:NAME`` for packaged prompts.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if source.startswith("klkit:"):
+        folder = Path(str(resources.files("klkit") / "zoo" / "prompts"))
+        path = folder / f"{source.removeprefix('klkit:')}.jsonl"
+        if not path.is_file():
+            names = ", ".join(sorted(f"klkit:{p.stem}" for p in folder.glob("*.jsonl")))
+            raise FileNotFoundError(f"expected packaged prompts, got {source!r}; the packaged ones are {names}")
+        return path
+    path = Path(source).expanduser()
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "nothing there"
+        raise FileNotFoundError(f"expected a file of prompts or text at {source}, got {kind}; check the path")
+    return path
+
+
+def read_prompts(source: str, column: str = "prompt") -> Prompts:
+    """Read prompts: a line each (txt), or field ``column`` of each record (jsonl, csv, parquet).
+
+    A record's field may be text or a conversation (a list of messages with ``role`` and
+    ``content``). A ``group`` field is kept as the prompt's group. Blank lines of a txt file are
+    skipped; a blank or missing field of a record is an error, since it is rarely meant.
+
+    Raises:
+        ValueError: a broken line (its number is named), a missing column, no prompt at all.
+        FileNotFoundError: no such file.
+    """
+    path = resolve(source)
+    contents: list[Content] = []
+    groups: list[str] = []
+    for number, record in _records(path, column):
+        contents.append(_content(record, column, path, number))
+        groups.append(str(record.get("group", "")) if isinstance(record, dict) else "")
+    if not contents:
+        raise ValueError(f"expected at least one prompt in {path}, got none; the file is empty")
+    return Prompts(tuple(contents), tuple(groups) if any(groups) else None)
+
+
+def read_documents(source: str, column: str = "text") -> list[str]:
+    """Read fixed text: a txt file is one document, each record of another kind is one.
+
+    Raises:
+        ValueError: a broken line (its number is named), or no text at all.
+        FileNotFoundError: no such file.
+    """
+    path = resolve(source)
+    if path.suffix.lower() not in SUFFIXES[1:]:
+        documents = [_decode(path)]
+    else:
+        documents = []
+        for number, record in _records(path, column):
+            content = _content(record, column, path, number)
+            if not isinstance(content, str):
+                raise ValueError(
+                    f"expected text in line {number} of {path}, got a conversation; render it to text first"
+                )
+            documents.append(content)
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise ValueError(f"expected some text in {path}, got none; the file is empty")
+    return documents
+
+
+def _decode(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"expected UTF-8 text in {path}, got a byte that is not ({error}); convert the file"
+        ) from error
+
+
+def _records(path: Path, column: str) -> Iterator[tuple[int, Any]]:
+    """(line number, record) pairs; numbers count from 1 as editors do."""
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        for number, line in enumerate(_decode(path).splitlines(), start=1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except ValueError as error:
+                    raise ValueError(
+                        f"expected JSON in line {number} of {path}, got {line[:60]!r} ({error}); mend the line"
+                    ) from error
+    elif suffix == ".json":
+        try:
+            records = json.loads(_decode(path))
+        except ValueError as error:
+            raise ValueError(f"expected JSON in {path}, got: {error}; mend the file") from error
+        if not isinstance(records, list):
+            raise ValueError(
+                f"expected a list of prompts in {path}, got {type(records).__name__}; use one record a prompt"
+            )
+        yield from enumerate(records, start=1)
+    elif suffix in (".csv", ".tsv"):
+        reader = csv.DictReader(
+            _decode(path).splitlines(keepends=True), delimiter="\t" if suffix == ".tsv" else ",", strict=True
+        )
+        try:
+            for record in reader:
+                if None in record or None in record.values():
+                    raise ValueError(
+                        f"expected {len(reader.fieldnames or ())} fields in line {reader.line_num} of {path}, got "
+                        f"another number; quote fields that contain the separator"
+                    )
+                yield reader.line_num, record
+        except csv.Error as error:
+            raise ValueError(
+                f"expected CSV in line {reader.line_num} of {path}, got: {error}; mend the line"
+            ) from error
+    elif suffix == ".parquet":
+        try:
+            from pyarrow import ArrowException, parquet
+        except ImportError as error:
+            raise ValueError(
+                "expected pyarrow for parquet files, got an environment without it; pip install 'klkit[parquet]'"
+            ) from error
+        try:
+            table = parquet.read_table(path)
+        except (ArrowException, OSError) as error:
+            raise ValueError(f"expected a parquet file at {path}, got: {error}; check the file") from error
+        yield from enumerate(table.to_pylist(), start=1)
+    else:
+        for number, line in enumerate(_decode(path).splitlines(), start=1):
+            if line.strip():
+                yield number, {column: line}
+
+
+def _content(record: Any, column: str, path: Path, number: int) -> Content:
+    value = record.get(column) if isinstance(record, dict) else record
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m and "content" in m for m in value):
+        return value
+    if isinstance(record, dict) and column not in record:
+        raise ValueError(
+            f"expected a field {column!r} in line {number} of {path}, got the fields {', '.join(map(repr, record))}; "
+            f"name the right one with --column"
+        )
+    raise ValueError(
+        f"expected text or a conversation (messages with role and content) in line {number} of {path}, "
+        f"got {str(value)[:60]!r}; mend the line"
+    )

@@ -1,0 +1,140 @@
+"""The options of a run, by the names that the command line, the config file and Python share."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+METHODS = ("rb_cv", "rb", "mc", "k3_string", "cv_string", "k3_token", "ht")
+DIVERGENCES = ("kl", "reverse_kl", "js", "jeffreys")
+FLOORS = ("batch", "dtype", "none")
+UNITS = ("nats", "bits")
+DEFAULT_STRINGS = 256  # when --samples is not given: enough strings for this many, at least one a prompt
+MINIMUM_STRINGS = 64  # --rtol never stops before
+CAP_STRINGS = 16384  # --rtol without --samples stops here at the latest
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a run does, resolved: enough to repeat it to the last digit.
+
+    Attributes:
+        p: specification of the model that generates, e.g. ``"org/name@revision,dtype=float32"``.
+        q: specification of the model compared with it.
+        prompts: a file of prompts (txt, jsonl, csv, parquet), ``klkit:NAME``, or None for one empty prompt.
+        column: which field of the prompt file holds the prompts.
+        text: a file of fixed text to score instead of sampling (estimand F), or None.
+        context: window in tokens into which long documents of ``text`` are cut.
+        divergence: ``kl``, ``reverse_kl`` (from q's samples), ``js`` or ``jeffreys`` (from both).
+        method: estimator of the headline.
+        samples: strings a prompt; None for as many as make 256 in all.
+        max_tokens: longest response, in tokens.
+        temperature: softmax temperature of *both* models.
+        dtype: precision of both models unless their specification says otherwise.
+        device: where both models run.
+        batch_size: strings a batch, or "auto".
+        seed: names every random draw of the run.
+        rtol: stop when the half-width of the 95 % interval is below this share of the estimate.
+        floor: how the numerical floor is measured: ``batch``, ``dtype`` or ``none``.
+        shared_only: compare conditionally on the tokens that both vocabularies have.
+        unit: ``nats`` or ``bits``, for printing.
+    """
+
+    p: str
+    q: str
+    prompts: str | None = None
+    column: str = "prompt"
+    text: str | None = None
+    context: int = 512
+    divergence: str = "kl"
+    method: str = "rb_cv"
+    samples: int | None = None
+    max_tokens: int = 128
+    temperature: float = 1.0
+    dtype: str = "auto"
+    device: str = "auto"
+    batch_size: int | str = "auto"
+    seed: int = 0
+    rtol: float | None = None
+    floor: str = "batch"
+    shared_only: bool = False
+    unit: str = "nats"
+
+    def __post_init__(self) -> None:
+        _choice("method", self.method, METHODS)
+        _choice("divergence", self.divergence, DIVERGENCES)
+        _choice("floor", self.floor, FLOORS)
+        _choice("unit", self.unit, UNITS)
+        for name in ("samples", "max_tokens", "context"):
+            value = getattr(self, name)
+            if name == "samples" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"expected a whole number of at least 1 for {name}, got {value!r}; give a positive number"
+                )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"expected a non-negative whole number for seed, got {self.seed!r}")
+        if not self.temperature > 0:
+            raise ValueError(
+                f"expected a temperature above 0, got {self.temperature}; at 0 a model is a point mass and "
+                f"almost every divergence is infinite"
+            )
+        if self.rtol is not None and not 0 < self.rtol < 1:
+            raise ValueError(f"expected rtol between 0 and 1, got {self.rtol}; 0.05 asks for ± 5 %")
+        if self.batch_size != "auto" and (
+            isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1
+        ):
+            raise ValueError(f"expected 'auto' or a whole number of at least 1 for batch_size, got {self.batch_size!r}")
+        if self.text is not None and (self.prompts is not None or self.divergence != "kl" or self.rtol is not None):
+            raise ValueError(
+                "expected --text alone: fixed text has no prompts, no samples of q and nothing to stop early; "
+                "drop --prompts, --divergence and --rtol, or drop --text to sample strings"
+            )
+        if self.divergence in ("js", "jeffreys") and self.method != "rb" and self.method != "rb_cv":
+            raise ValueError(
+                f"expected method rb for the divergence {self.divergence}, got {self.method}; the other "
+                f"estimators exist for kl and reverse_kl only"
+            )
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any]) -> Settings:
+        """Settings from a config file, refusing names it does not know.
+
+        Raises:
+            ValueError: an unknown or missing option, or a value of the wrong kind.
+        """
+        known = {f.name for f in fields(cls)}
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(sorted(known))}"
+                raise ValueError(f"expected only known options in the config, got {name!r}; {hint}")
+        missing = [name for name in ("p", "q") if not isinstance(options.get(name), str)]
+        if missing:
+            raise ValueError(
+                f"expected the models 'p' and 'q' in the config, got no {' and no '.join(missing)}; add them"
+            )
+        converted = dict(options)
+        for name, kind in (("temperature", float), ("rtol", float)):
+            value = converted.get(name)
+            if isinstance(value, int) and not isinstance(value, bool):
+                converted[name] = kind(value)
+            elif value is not None and not isinstance(value, float):
+                raise ValueError(f"expected a number for {name}, got {value!r}")
+        for name in ("p", "q", "prompts", "column", "text", "dtype", "device"):
+            value = converted.get(name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"expected text for {name}, got {value!r}; put quotes around it")
+        return cls(**converted)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain values, for config.yaml."""
+        return asdict(self)
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}; choose one of them")

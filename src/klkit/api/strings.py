@@ -1,0 +1,288 @@
+"""The loop of a run: draw a batch from p, read both models out over it, store it, look whether it is enough."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from klkit.api.settings import MINIMUM_STRINGS
+from klkit.estimators.rao_blackwell import rao_blackwell
+from klkit.estimators.statistics import TokenStatistics, collect
+from klkit.models.base import LanguageModel
+from klkit.numerics import rows_per_chunk
+from klkit.report.record import Batch, Details, RunFolder, join
+from klkit.results import Estimate
+from klkit.sampling.ancestral import sample
+from klkit.sequences import Sequences
+
+LARGEST_BATCH = 64
+SHOWN_STRINGS = 24  # strings whose every decision is kept in detail, for the report's heat map
+FLOOR_STRINGS = 16  # strings on which the numerical floor is measured
+KEPT_BYTES = 256 << 20  # trunk vectors of one batch, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which strings a run draws: replicate by replicate, every prompt once in each.
+
+    Attributes:
+        contexts_p: what ``p`` reads before responding to each prompt.
+        contexts_q: the same for ``q``, which may use a chat template of its own.
+        samples: strings a prompt.
+        max_tokens: longest response.
+        seed: names the draws.
+    """
+
+    contexts_p: Sequence[Int[Tensor, " c"]]
+    contexts_q: Sequence[Int[Tensor, " d"]]
+    samples: int
+    max_tokens: int
+    seed: int
+
+    @property
+    def total(self) -> int:
+        """Strings in all."""
+        return len(self.contexts_p) * self.samples
+
+    def slice(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """(prompt, replicate) of the strings ``start`` to ``stop``."""
+        prompts = len(self.contexts_p)
+        return [(i % prompts, i // prompts) for i in range(start, min(stop, self.total))]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands, for whoever watches it.
+
+    Attributes:
+        strings: strings done, and ``total`` planned at most.
+        tokens: decisions done.
+        value: running RB estimate in nats per response, with ``stderr``.
+        seconds: since the loop began, for ``fresh`` strings (not counting resumed ones).
+    """
+
+    strings: int
+    total: int
+    tokens: int
+    value: float
+    stderr: float
+    seconds: float
+    fresh: int
+
+
+Observer = Callable[[Progress], None]
+
+
+def run_strings(
+    p: LanguageModel,
+    q: LanguageModel,
+    plan: Plan,
+    *,
+    batch_size: int | str = "auto",
+    features: Float[Tensor, "v f"] | None = None,
+    mixture: bool = False,
+    rescore: bool | None = None,
+    enough: Callable[[TokenStatistics], bool] | None = None,
+    folder: RunFolder | None = None,
+    observe: Observer | None = None,
+) -> Batch:
+    """Draw and score the plan's strings, continuing after those that ``folder`` already holds.
+
+    Args:
+        rescore: run ``p`` once more, teacher-forced in ``q``'s batch shapes, instead of reading out
+            the trunk vectors of its sampling pass. By default only in half precision, where the
+            difference between batch shapes is not negligible.
+        enough: called at growing numbers of strings; True stops the run.
+        folder: where each batch is stored as soon as it is done.
+    """
+    done = folder.batches() if folder is not None else []
+    if folder is not None and len(folder.samples()) != sum(len(batch.statistics.x) for batch in done):
+        folder.rewrite_samples([line for batch in done for line in describe(p, batch.statistics)])
+    if rescore is None:
+        rescore = p.dtype not in (torch.float32, torch.float64)
+    size = resolve_batch_size(p, plan, batch_size)
+    count = sum(len(batch.statistics.x) for batch in done)
+    resumed, began, next_look = count, time.monotonic(), MINIMUM_STRINGS
+    running = Running()
+    for batch in done:
+        running.add(batch.statistics)
+    while count < plan.total:
+        if enough is not None and count >= next_look:
+            if enough(TokenStatistics.cat([batch.statistics for batch in done])):
+                break
+            next_look = math.ceil(count * 1.25)
+        try:
+            batch = one_batch(p, q, plan, count, size, features=features, mixture=mixture, rescore=rescore)
+        except torch.OutOfMemoryError:
+            # The strings do not depend on the batch size, so a smaller one continues the same run.
+            if batch_size != "auto" or size == 1:
+                raise
+            size = max(1, size // 2)
+            continue
+        if folder is not None:
+            folder.append(len(done), batch, describe(p, batch.statistics))
+        done.append(batch)
+        running.add(batch.statistics)
+        count += len(batch.statistics.x)
+        if observe is not None:
+            observe(running.progress(plan.total, time.monotonic() - began, count - resumed))
+    return join(done)
+
+
+def resolve_batch_size(p: LanguageModel, plan: Plan, batch_size: int | str) -> int:
+    """Strings a batch: as asked, or as many as keep the trunk vectors of a batch small."""
+    if isinstance(batch_size, int):
+        return batch_size
+    fits = KEPT_BYTES // (plan.max_tokens * p.width * 4)
+    return int(max(1, min(LARGEST_BATCH, fits)))
+
+
+def one_batch(
+    p: LanguageModel,
+    q: LanguageModel,
+    plan: Plan,
+    start: int,
+    size: int,
+    *,
+    features: Float[Tensor, "v f"] | None,
+    mixture: bool,
+    rescore: bool,
+) -> Batch:
+    """Draw the strings from number ``start`` on and reduce them to their statistics."""
+    names = plan.slice(start, start + size)
+    prompts = [prompt for prompt, _ in names]
+    draw = sample(
+        p,
+        [plan.contexts_p[i] for i in prompts],
+        max_tokens=plan.max_tokens,
+        seed=plan.seed,
+        prompt=prompts,
+        replicate=[replicate for _, replicate in names],
+        cluster=prompts if len(plan.contexts_p) > 1 else list(range(start, start + len(names))),
+    )
+    x = draw.sequences
+    hidden_p = p.encode(x) if rescore else draw.hidden
+    hidden_q = hidden_p if q is p else q.encode(x.after([plan.contexts_q[i] for i in prompts]))
+    shown = torch.arange(max(0, min(len(x), SHOWN_STRINGS - start)))
+    floor = torch.arange(max(0, min(len(x), FLOOR_STRINGS - start)))
+    return Batch(
+        collect(p, hidden_p, q, hidden_q, x, features=features, mixture=mixture),
+        details(p, hidden_p, q, hidden_q, x, shown),
+        batch_floor(p, draw.hidden, x, floor),
+    )
+
+
+def batch_floor(
+    p: LanguageModel, hidden: Float[Tensor, "m d"], x: Sequences, rows: Int[Tensor, " k"]
+) -> Float[Tensor, " k"]:
+    """``KL(p‖p)`` of each string, in nats, between ``p``'s sampling pass and a teacher-forced one.
+
+    The two passes differ only in batch shape and in the use of a cache: what they disagree by is
+    numerical noise, and any divergence of that size is noise as well.
+    """
+    if not len(rows):
+        return torch.zeros(0, dtype=torch.float64)
+    few = x.select(rows)
+    mine = hidden[torch.isin(x.row(), rows).to(hidden.device)]
+    return torch.from_numpy(rao_blackwell(collect(p, mine, p, p.encode(few), few)))
+
+
+def dtype_floor(wide: LanguageModel, p: LanguageModel, x: Sequences) -> Float[Tensor, " k"]:
+    """``KL(wide‖p)`` of the first strings, in nats, where ``wide`` is ``p`` in fp32: the cost of ``p``'s precision."""
+    few = x.select(torch.arange(min(len(x), FLOOR_STRINGS)))
+    return torch.from_numpy(rao_blackwell(collect(wide, wide.encode(few), p, p.encode(few), few)))
+
+
+def details(
+    p: LanguageModel,
+    hidden_p: Float[Tensor, "m d"],
+    q: LanguageModel,
+    hidden_q: Float[Tensor, "m e"],
+    x: Sequences,
+    rows: Int[Tensor, " k"],
+    count: int = 5,
+) -> Details:
+    """Both models' most probable tokens at every decision of the strings ``rows``."""
+    wanted = torch.isin(x.row(), rows)
+    count = min(count, p.vocabulary.size)
+    size = rows_per_chunk(p.vocabulary.size)
+
+    def top(model: LanguageModel, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        chunks = [model.readout(h).topk(count) for h in torch.split(hidden[wanted.to(hidden.device)], size)]
+        if not chunks or not len(chunks[0].values):
+            return torch.zeros(0, count), torch.zeros(0, count, dtype=torch.long)
+        return torch.cat([c.values for c in chunks]).cpu(), torch.cat([c.indices for c in chunks]).cpu()
+
+    logp_p, tokens_p = top(p, hidden_p)
+    logp_q, tokens_q = top(q, hidden_q)
+    return Details(rows, tokens_p, logp_p, tokens_q, logp_q)
+
+
+def no_details() -> Details:
+    """Details of no string, for text that the report does not show token by token."""
+    none = torch.zeros(0, 5)
+    ids = torch.zeros(0, 5, dtype=torch.long)
+    return Details(torch.zeros(0, dtype=torch.long), ids, none, ids, none)
+
+
+def describe(p: LanguageModel, statistics: TokenStatistics) -> list[Mapping[str, Any]]:
+    """One readable line a string, for samples.jsonl."""
+    x = statistics.x
+    kl, ratio = statistics.per_string(statistics.rows.kl), statistics.per_string(statistics.log_ratio)
+    return [
+        {
+            "prompt": int(x.prompt[i]),
+            "text": "".join(p.pieces(x.completion(i).tolist())),
+            "tokens": x.completion(i).tolist(),
+            "finished": bool(x.finished[i]),
+            "kl_nats": finite_or_text(float(kl[i])),
+            "log_ratio_nats": finite_or_text(float(ratio[i])),
+        }
+        for i in range(len(x))
+    ]
+
+
+def finite_or_text(value: float) -> float | str:
+    """``value``, or its name if JSON has no number for it."""
+    return value if math.isfinite(value) else str(value)
+
+
+class Running:
+    """The running estimate that a progress line shows: RB, clustered as the final one."""
+
+    def __init__(self) -> None:
+        self.parts: list[Estimate] = []
+        self.tokens = 0
+
+    def add(self, statistics: TokenStatistics) -> None:
+        """Count in one batch."""
+        x = statistics.x
+        self.tokens += x.decisions
+        part = Estimate(
+            method="rb",
+            divergence="kl",
+            direction="KL(p‖q)",
+            estimand="S",
+            contributions=rao_blackwell(statistics),
+            weights=torch.ones(len(x), dtype=torch.float64).numpy(),
+            cluster=x.cluster.numpy(),
+        )
+        self.parts = [self.parts[0].merge(part) if self.parts else part]
+
+    def progress(self, total: int, seconds: float, fresh: int) -> Progress:
+        """The state of the run now."""
+        estimate = self.parts[0]
+        return Progress(estimate.n, total, self.tokens, estimate.value, estimate.stderr, seconds, fresh)
+
+
+def batches_of(n: int, size: int) -> Iterator[Int[Tensor, " k"]]:
+    """Index ranges of at most ``size`` that cover ``n``."""
+    for i in range(0, n, size):
+        yield torch.arange(i, min(i + size, n))

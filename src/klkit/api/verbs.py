@@ -1,0 +1,73 @@
+"""The verbs for Python: what the command line does, on models or on their names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from klkit.api.prompts import read_prompts
+from klkit.api.run import load_models, measure
+from klkit.api.settings import Settings
+from klkit.api.strings import Observer
+from klkit.models.base import LanguageModel
+from klkit.results import Comparison
+from klkit.sequences import Content, Prompts
+
+
+def estimate(
+    p: LanguageModel | str,
+    q: LanguageModel | str,
+    prompts: Prompts | Sequence[Content] | str | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    observe: Observer | None = None,
+    **options: Any,
+) -> Comparison:
+    """Estimate ``KL(p‖q) = E_{y∼p} Σ_n Σ_a p(a|y_<n) (log p(a|y_<n) − log q(a|y_<n))``, in nats per response.
+
+    Args:
+        p: the model that generates: a specification such as ``"org/name,dtype=bfloat16"``, or a model.
+        q: the model compared with it.
+        prompts: a file, a list of texts or conversations, or None for one empty prompt.
+        out: run folder to write, with a report; None keeps nothing on disk.
+        resume: continue the run in ``out``.
+        observe: called after every batch with the state of the run.
+        options: any option of :class:`klkit.api.settings.Settings`: ``samples``, ``max_tokens``,
+            ``temperature``, ``divergence``, ``method``, ``seed``, ``rtol``, ``batch_size``, …
+
+    Raises:
+        ValueError: an option, a prompt or a pair of models that cannot be used.
+        VocabularyMismatch: the models do not choose from the same tokens.
+
+    Source: A. Amini, T. Vieira and R. Cotterell (2025), Better Estimation of the KL Divergence Between Language
+    Models, arXiv 2504.10637; the variates and intervals go beyond it, see docs/papers.md.
+
+    Example:
+        >>> from klkit.models.automaton import coin
+        >>> result = estimate(coin(end=0.5), coin(end=0.25), samples=100, max_tokens=60)
+        >>> result.headline.method, result.audit["passed"]
+        ('rb_cv', True)
+    """
+    settings = Settings.from_mapping({"p": _name(p), "q": _name(q), **options})
+    if isinstance(prompts, str):
+        settings = replace(settings, prompts=prompts)
+        prompts = read_prompts(prompts, settings.column)
+    elif prompts is not None and not isinstance(prompts, Prompts):
+        prompts = Prompts(tuple(prompts))
+    if isinstance(p, str) and isinstance(q, str):
+        p, q = load_models(settings)
+    elif isinstance(p, str) or isinstance(q, str):
+        raise TypeError(
+            f"expected two specifications or two models, got {type(p).__name__} and {type(q).__name__}; "
+            f"load both with klkit.load"
+        )
+    return measure(
+        p, q, settings, prompts=prompts, out=None if out is None else Path(out), resume=resume, observe=observe
+    )
+
+
+def _name(model: LanguageModel | str) -> str:
+    return model if isinstance(model, str) else model.name

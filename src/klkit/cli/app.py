@@ -1,0 +1,37 @@
+"""The table of commands."""
+
+from __future__ import annotations
+
+import typer
+
+from klkit.cli import estimate, reproduce, zoo
+
+app = typer.Typer(
+    name="klkit",
+    help="How far apart are two language models? A true number, with an honest interval.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with: klkit demo",
+)
+
+MEASURE, LOOK, MAKE = "Measure", "Look", "Make"
+app.command("estimate", rich_help_panel=MEASURE, epilog=estimate.EXAMPLES)(estimate.estimate_command)
+app.command("run", rich_help_panel=MEASURE)(estimate.run_command)
+app.command("demo", rich_help_panel=MEASURE)(estimate.demo_command)
+app.command("report", rich_help_panel=LOOK)(zoo.report_command)
+app.command("models", rich_help_panel=LOOK)(zoo.models_command)
+app.command("reproduce", rich_help_panel=MAKE)(reproduce.reproduce_command)
+app.add_typer(zoo.zoo_app, name="zoo", rich_help_panel=MAKE)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
+    """How far apart are two language models? A true number, with an honest interval."""
+    if version:
+        from klkit import __version__
+
+        typer.echo(f"klkit {__version__}")
+        raise typer.Exit

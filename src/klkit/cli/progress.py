@@ -1,0 +1,88 @@
+"""The line that shows where a run stands: redrawn on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from klkit.api.strings import Progress
+
+PLAIN_EVERY = 10.0  # seconds between plain lines
+NATS_PER_BIT = 0.6931471805599453
+
+
+class Watcher:
+    """Prints progress to a stream; usable as a context manager.
+
+    Attributes:
+        last: the latest state seen, or None.
+    """
+
+    def __init__(self, unit: str, stream: TextIO) -> None:
+        self.last: Progress | None = None
+        self._unit = unit
+        self._stream = stream
+        self._live = stream.isatty()
+        self._width = 0
+        self._printed = float("-inf")
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def observe(self, state: Progress) -> None:
+        """Show ``state``: at once on a terminal, every few seconds elsewhere."""
+        self.last = state
+        now = time.monotonic()
+        if self._live:
+            line = self.line(state)
+            self._stream.write("\r" + line.ljust(self._width))
+            self._stream.flush()
+            self._width = len(line)
+        elif now - self._printed >= PLAIN_EVERY:
+            self._stream.write(self.line(state) + "\n")
+            self._stream.flush()
+            self._printed = now
+
+    def line(self, state: Progress) -> str:
+        """One line of at most 79 columns."""
+        scale = NATS_PER_BIT if self._unit == "bits" else 1.0
+        rate = state.fresh / state.seconds if state.seconds > 0 else 0.0
+        tokens = rate * state.tokens / max(state.strings, 1)
+        left = (state.total - state.strings) / rate if rate > 0 else float("inf")
+        error = "" if state.stderr != state.stderr else f" ± {state.stderr / scale:.2g}"
+        text = (
+            f"{state.strings}/{state.total} strings  {state.value / scale:.4g}{error} {self._unit}"
+            f"  {tokens:,.0f} tokens/s  {clock(left)} left"
+        )
+        return text[:79]
+
+    def close(self) -> None:
+        """End the live line."""
+        if self._live and self._width:
+            self._stream.write("\r" + " " * self._width + "\r")
+            self._stream.flush()
+            self._width = 0
+
+
+def clock(seconds: float) -> str:
+    """Seconds as people say them.
+
+    Example:
+        >>> clock(75), clock(4000)
+        ('1m15s', '1h06m')
+    """
+    if seconds == float("inf"):
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

@@ -1,0 +1,93 @@
+"""A result on a terminal: one sentence, one table, and what vouches for them, within 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from klkit.report.text import printable
+
+if TYPE_CHECKING:
+    from klkit.results import Comparison
+
+LABELS = {
+    "rb_cv": "RB + variates",
+    "rb": "Rao-Blackwell",
+    "mc": "Monte Carlo (k1)",
+    "k3_string": "k3 per string",
+    "cv_string": "k3 fitted alpha",
+    "k3_token": "k3 per token",
+    "ht": "Horvitz-Thompson",
+    "exact": "exact on this text",
+}
+
+
+def number(value: Any) -> str:
+    """Four significant digits, or the word for what has none.
+
+    Example:
+        >>> number(5.12345), number("inf"), number(float("nan"))
+        ('5.123', 'inf', '–')
+    """
+    value = float(value)
+    if value != value:
+        return "–"
+    return f"{value:.4g}"
+
+
+def show_result(comparison: Comparison, folder: Path | None, console: Console | None = None) -> None:
+    """Print a result.
+
+    Every number of the table names its estimand and unit; the header names direction and interval.
+    """
+    console = console or Console(highlight=False)
+    result = comparison.to_dict()
+    head = result["headline"]
+    console.print()
+    console.print(escape(result["sentence"]), style="bold" if result["audit"]["passed"] else "bold red")
+    console.print()
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for name, justify in (("estimator", "left"), ("per", "left"), (head["unit"], "right"), ("±", "right"),
+                          (f"{head['ci']['level']:.0%} interval", "left"), ("var/MC", "right")):  # fmt: skip
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for row in result["estimates"]:
+        chosen = (row["method"], row["estimand"]) == (head["method"], head["estimand"])
+        ratio = result["variance_ratio_vs_mc"].get(row["method"]) if row["estimand"] == "S" else None
+        table.add_row(
+            LABELS.get(row["method"], row["method"]),
+            {"S": "response", "R": "token", "F": "token"}[row["estimand"]],
+            number(row["value"]),
+            number(row["stderr"]),
+            f"{number(row['ci']['lower'])} to {number(row['ci']['upper'])}",
+            "" if ratio is None else number(ratio),
+            style="bold" if chosen else "",
+        )
+    console.print(table)
+    console.print()
+    facts = Table.grid(padding=(0, 2, 0, 0))
+    facts.add_column(justify="right", style="dim", no_wrap=True)
+    facts.add_column()
+    for name, text in result["lines"].items():
+        facts.add_row(escape(name), escape(printable(text)), style="red" if text.startswith("FAILED") else "")
+    for note in result["notes"]:
+        facts.add_row("note", escape(printable(note)))
+    if folder is not None:
+        facts.add_row("saved", escape(f"{folder} (report.html, result.json)"))
+    console.print(facts)
+    console.print()
+
+
+def show_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], console: Console | None = None) -> None:
+    """Print records as a plain table."""
+    console = console or Console(highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(escape(str(row[column])) for column in columns))
+    console.print(table)

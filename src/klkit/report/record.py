@@ -1,0 +1,327 @@
+"""The run folder: what a run leaves behind, written so that a crash can cost one batch at most.
+
+    config.yaml          the resolved options: ``klkit run config.yaml`` repeats the run
+    env.json             versions, platform, dtypes, digests
+    samples.jsonl        one line a string, appended as the run goes
+    shards/00000.…       per-decision numbers of each finished batch, while the run lasts
+    tensors.safetensors  the shards in one file, once the run is done
+    tokens.json          readable text of the tokens that the page shows
+    result.json          the result, versioned
+    report.html          one self-contained page
+
+A shard appears whole or not at all (written beside, then renamed), and a batch counts as done
+exactly when its shard is there; everything else can be rebuilt from the shards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from klkit.divergences.fused import RowStatistics
+from klkit.estimators.statistics import TokenStatistics
+from klkit.sequences import Sequences
+
+CONFIG, RESULT, SAMPLES, TENSORS, TOKENS, ENV, REPORT, SHARDS = (
+    "config.yaml",
+    "result.json",
+    "samples.jsonl",
+    "tensors.safetensors",
+    "tokens.json",
+    "env.json",
+    "report.html",
+    "shards",
+)
+# Options that may differ between the first half of a run and its resumption: they change how the
+# strings are computed or shown, never which strings they are.
+FREE_ON_RESUME = frozenset({"batch_size", "unit", "out", "json", "resume", "method", "device"})
+
+
+class RunFolderError(ValueError):
+    """A run folder cannot be used as asked: it is missing, corrupt, or belongs to another run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """The five most probable tokens of both models at every decision of a few strings.
+
+    Attributes:
+        string: index of the shown strings in the run, ``(s,)``.
+        tokens_p: ids, ``(k, 5)`` over the decisions of those strings, most probable first.
+        logp_p: their log-probabilities under ``p``, ``(k, 5)``.
+        tokens_q: the same for ``q``.
+        logp_q: their log-probabilities under ``q``.
+    """
+
+    string: Tensor
+    tokens_p: Tensor
+    logp_p: Tensor
+    tokens_q: Tensor
+    logp_q: Tensor
+
+    @staticmethod
+    def cat(parts: Sequence[Details], offsets: Sequence[int]) -> Details:
+        """Concatenate batches; ``offsets`` is the index in the run of each batch's first string."""
+        return Details(
+            torch.cat([part.string + offset for part, offset in zip(parts, offsets, strict=True)]),
+            *(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Details)[1:]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One finished batch of strings.
+
+    Attributes:
+        statistics: what the estimators read.
+        details: the decisions of the few strings that the report shows in full.
+        floor: ``KL(p‖p)`` between two passes of ``p`` over the first strings of the run, ``(f,)``.
+    """
+
+    statistics: TokenStatistics
+    details: Details
+    floor: Tensor
+
+
+def flatten(batch: Batch) -> dict[str, Tensor]:
+    """A batch as named tensors, the form in which it lies on disk."""
+    x, stats = batch.statistics.x, batch.statistics
+    named = {f"x.{f.name}": getattr(x, f.name) for f in fields(Sequences)}
+    named |= {f"rows.{f.name}": getattr(stats.rows, f.name) for f in fields(RowStatistics)}
+    named |= {f"details.{f.name}": getattr(batch.details, f.name) for f in fields(Details)}
+    named |= {"features": stats.features, "mixture": stats.mixture, "floor": batch.floor}
+    return {name: value.contiguous() for name, value in named.items() if value is not None}
+
+
+def unflatten(tensors: Mapping[str, Tensor]) -> Batch:
+    """The inverse of :func:`flatten`."""
+
+    def part(prefix: str, cls: type) -> dict[str, Tensor | None]:
+        return {f.name: tensors.get(f"{prefix}.{f.name}") for f in fields(cls)}
+
+    statistics = TokenStatistics(
+        x=Sequences(**part("x", Sequences)),  # type: ignore[arg-type]
+        rows=RowStatistics(**part("rows", RowStatistics)),  # type: ignore[arg-type]
+        features=tensors["features"],
+        mixture=tensors.get("mixture"),
+    )
+    return Batch(statistics, Details(**part("details", Details)), tensors["floor"])  # type: ignore[arg-type]
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """All batches of a run as one."""
+    offsets, total = [], 0
+    for batch in batches:
+        offsets.append(total)
+        total += len(batch.statistics.x)
+    return Batch(
+        TokenStatistics.cat([batch.statistics for batch in batches]),
+        Details.cat([batch.details for batch in batches], offsets),
+        torch.cat([batch.floor for batch in batches]),
+    )
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Run ``write`` on a neighbour of ``path`` and rename it into place: whole or not at all."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file whole or not at all."""
+
+    def write(beside: Path) -> None:
+        beside.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or unwritable disk into a message that says what is safe and how to go on."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunFolderError(
+            f"expected to write into {path}, got: {error}. Every batch finished before this is kept whole; "
+            f"make room or choose another --out, then continue with --resume"
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """A run on disk.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @classmethod
+    def create(
+        cls, path: Path, config: Mapping[str, Any], env: Mapping[str, Any], *, resume: bool = False
+    ) -> RunFolder:
+        """Open a folder for a new run, or continue the run that lies there.
+
+        Raises:
+            RunFolderError: the folder holds another run, or is not a run folder, or cannot be written.
+        """
+        folder = cls(path)
+        if resume and path.exists():
+            folder.check_same_run(config)
+        elif path.exists() and any(path.iterdir()):
+            raise RunFolderError(
+                f"expected an empty or new folder for --out, got {path}, which holds files; "
+                f"add --resume to continue the run that is there, or choose another folder"
+            )
+        with disk_errors(path):
+            (path / SHARDS).mkdir(parents=True, exist_ok=True)
+            write_text(path / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+            write_text(path / ENV, json.dumps(dict(env), indent=2))
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Open the folder of a finished run.
+
+        Raises:
+            RunFolderError: there is no finished run.
+        """
+        if not (path / RESULT).is_file():
+            state = "an unfinished run; finish it with --resume" if (path / SHARDS).is_dir() else "no run at all"
+            raise RunFolderError(f"expected a finished run with a {RESULT} in {path}, got {state}")
+        return cls(path)
+
+    def check_same_run(self, config: Mapping[str, Any]) -> None:
+        """Refuse to resume a run whose options would give other strings."""
+        before = self.config()
+        differing = [
+            f"{key}: {before.get(key)!r} then, {config.get(key)!r} now"
+            for key in dict.fromkeys((*before, *config))
+            if key not in FREE_ON_RESUME and before.get(key) != config.get(key)
+        ]
+        if differing:
+            raise RunFolderError(
+                f"expected the options that the run in {self.path} was started with, got "
+                f"{'; '.join(differing)}; repeat the first command with --resume, or choose another --out"
+            )
+
+    def config(self) -> dict[str, Any]:
+        """The resolved options of the run."""
+        try:
+            config = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RunFolderError(
+                f"expected a readable {CONFIG} in {self.path}, got: {error}; this folder cannot be resumed, "
+                f"choose another"
+            ) from error
+        if not isinstance(config, dict):
+            raise RunFolderError(
+                f"expected options by name in {self.path / CONFIG}, got {type(config).__name__}; "
+                f"this folder cannot be resumed, choose another"
+            )
+        return config
+
+    def result(self) -> dict[str, Any]:
+        """The result of a finished run, as it was written."""
+        try:
+            return dict(json.loads((self.path / RESULT).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise RunFolderError(
+                f"expected a readable {RESULT} in {self.path}, got: {error}; repeat the run with "
+                f"klkit run {self.path / CONFIG}"
+            ) from error
+
+    def append(self, index: int, batch: Batch, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Store batch number ``index`` and its readable lines."""
+        with disk_errors(self.path):
+            tensors = flatten(batch)
+            write_atomically(self.path / SHARDS / f"{index:05d}.safetensors", lambda beside: save_file(tensors, beside))
+            with (self.path / SAMPLES).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+    def batches(self) -> list[Batch]:
+        """The batches that are done, in order.
+
+        Raises:
+            RunFolderError: a shard is damaged, or one is missing in the middle.
+        """
+        found = []
+        for position, path in enumerate(sorted((self.path / SHARDS).glob("*.safetensors"))):
+            if path.stem != f"{position:05d}":
+                raise RunFolderError(
+                    f"expected shard {position:05d} in {self.path / SHARDS}, got {path.name} next; a batch is "
+                    f"missing, so this run cannot be resumed: start again in another --out"
+                )
+            try:
+                found.append(unflatten(load_file(path)))
+            except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+                raise RunFolderError(
+                    f"expected a readable shard {path}, got: {error}; delete this shard and the later ones, "
+                    f"then continue with --resume"
+                ) from error
+        return found
+
+    def rewrite_samples(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Replace samples.jsonl, when a crash left it out of step with the shards."""
+        with disk_errors(self.path):
+            write_text(self.path / SAMPLES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+    def samples(self) -> list[dict[str, Any]]:
+        """The lines of samples.jsonl; a last line that a crash cut off is left out."""
+        path = self.path / SAMPLES
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        found = []
+        for line in lines:
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                break
+        return found
+
+    def finish(self, whole: Batch, result: Mapping[str, Any], texts: Mapping[int, str]) -> None:
+        """Write the joined tensors, the tokens' texts and the result, and drop the shards."""
+        with disk_errors(self.path):
+            write_text(self.path / TOKENS, json.dumps({str(token): text for token, text in texts.items()}))
+            write_atomically(self.path / TENSORS, lambda beside: save_file(flatten(whole), beside))
+            write_text(self.path / RESULT, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+            for shard in (self.path / SHARDS).glob("*.safetensors"):
+                shard.unlink()
+            (self.path / SHARDS).rmdir()
+
+    def tokens(self) -> dict[int, str]:
+        """Readable text of the tokens that the page shows, by id."""
+        path = self.path / TOKENS
+        try:
+            return {int(token): str(text) for token, text in json.loads(path.read_text(encoding="utf-8")).items()}
+        except (OSError, ValueError, AttributeError) as error:
+            raise RunFolderError(
+                f"expected readable token texts in {path}, got: {error}; repeat the run with "
+                f"klkit run {self.path / CONFIG}"
+            ) from error
+
+    def whole(self) -> Batch:
+        """Everything a finished run stored."""
+        try:
+            return unflatten(load_file(self.path / TENSORS))
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            raise RunFolderError(
+                f"expected a readable {TENSORS} in {self.path}, got: {error}; repeat the run with "
+                f"klkit run {self.path / CONFIG}"
+            ) from error

@@ -1,0 +1,199 @@
+"""A run as a whole, on models whose divergence is known exactly."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import klkit
+from klkit.api.run import measure
+from klkit.api.settings import Settings
+from klkit.api.strings import Plan, run_strings
+from klkit.models.automaton import coin, random_automaton
+from klkit.report.record import RunFolder, RunFolderError
+from klkit.rng import stream
+
+
+@pytest.fixture(scope="module")
+def pair():
+    generator = stream(3, "pair")
+    return tuple(random_automaton(3, 5, generator=generator) for _ in range(2))
+
+
+def plan(p, samples=60, max_tokens=30):
+    context = p.context(None)
+    return Plan([context], [context], samples, max_tokens, seed=1)
+
+
+def test_the_headline_is_near_the_exact_value(pair):
+    p, q = pair
+    result = klkit.estimate(p, q, samples=600, max_tokens=200)
+    truth = klkit.exact(p, q).value
+    assert abs(result.headline.value - truth) < 4 * result.headline.stderr
+    assert result.audit["passed"]
+    for estimate in result.estimates:
+        if estimate.estimand == "S" and estimate.method not in ("k3_string", "cv_string"):
+            assert abs(estimate.value - truth) < 5 * estimate.stderr, estimate.method
+    assert float(result.lower_bound["value"]) < truth
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_batch_size_changes_nothing(pair, size):
+    p, q = pair
+    one = run_strings(p, q, plan(p), batch_size=16).statistics
+    other = run_strings(p, q, plan(p), batch_size=size).statistics
+    assert torch.equal(one.x.targets(), other.x.targets())
+    torch.testing.assert_close(one.rows.kl, other.rows.kl, rtol=1e-12, atol=1e-14)
+
+
+def test_a_model_and_itself(pair):
+    result = klkit.estimate(pair[0], pair[0], samples=40, max_tokens=30)
+    assert result.headline.value == 0.0
+    assert any("one and the same" in note for note in result.notes)
+
+
+def test_reverse_is_the_forward_of_the_swapped_pair(pair):
+    p, q = pair
+    reverse = klkit.estimate(p, q, samples=50, max_tokens=40, divergence="reverse_kl")
+    forward = klkit.estimate(q, p, samples=50, max_tokens=40)
+    assert reverse.headline.value == forward.headline.value
+    assert reverse.headline.direction == "KL(q‖p)"
+
+
+def test_jeffreys_is_the_sum_of_both_directions(pair):
+    p, q = pair
+    both = klkit.estimate(p, q, samples=50, max_tokens=40, divergence="jeffreys", method="rb")
+    one = klkit.estimate(p, q, samples=50, max_tokens=40, method="rb")
+    two = klkit.estimate(q, p, samples=50, max_tokens=40, method="rb")
+    assert both.headline.value == pytest.approx(one.headline.value + two.headline.value, rel=1e-12)
+
+
+def test_js_is_between_zero_and_log_two(pair):
+    result = klkit.estimate(*pair, samples=50, max_tokens=40, divergence="js")
+    assert 0 < result.headline.value < np.log(2)
+
+
+def test_stopping_at_a_relative_tolerance(pair):
+    p, q = pair
+    result = klkit.estimate(p, q, rtol=0.2, max_tokens=60, batch_size=16)
+    interval = result.headline.interval()
+    assert (interval.upper - interval.lower) / 2 <= 0.2 * result.headline.value
+    assert 64 <= result.headline.n < 16384
+
+
+def test_infinite_is_infinite():
+    vocabulary = coin(end=0.5)
+    # q never ends after the first symbol's chance: it gives the symbol no probability at all.
+    from klkit.models.automaton import memoryless
+
+    p, q = memoryless([0.5, 0.5], end=0.3), memoryless([1.0, 0.0], end=0.3)
+    assert vocabulary.vocabulary.size == 2
+    result = klkit.estimate(p, q, samples=40, max_tokens=50)
+    assert result.headline.value == float("inf")
+    assert result.headline.infinite > 0
+    document = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert document["headline"]["value"] == "inf"
+
+
+class Interrupter:
+    """Interrupts the run after some batches, as Ctrl-C does."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def __call__(self, state):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_resumes_to_the_same_result(pair, tmp_path):
+    p, q = pair
+    settings = Settings(p="p", q="q", samples=60, max_tokens=30, batch_size=8)
+    whole = measure(p, q, settings, out=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        measure(p, q, settings, out=tmp_path / "parts", observe=Interrupter(3))
+    lines = (tmp_path / "parts" / "samples.jsonl").read_text().splitlines()
+    assert len(lines) == 24
+    # A crash may also have cut the last line off; and the batch size may differ in the second half.
+    (tmp_path / "parts" / "samples.jsonl").write_text("\n".join(lines)[:-5])
+    second = Settings(p="p", q="q", samples=60, max_tokens=30, batch_size=11)
+    resumed = measure(p, q, second, out=tmp_path / "parts", resume=True)
+    assert resumed.headline.value == pytest.approx(whole.headline.value, rel=1e-12)
+    samples = RunFolder.open(tmp_path / "parts").samples()
+    assert [s["tokens"] for s in samples] == [s["tokens"] for s in RunFolder.open(tmp_path / "whole").samples()]
+    assert not (tmp_path / "parts" / "shards").exists()
+
+
+def test_a_run_folder_is_not_overwritten_and_not_mixed(pair, tmp_path):
+    p, q = pair
+    settings = Settings(p="p", q="q", samples=20, max_tokens=20)
+    with pytest.raises(KeyboardInterrupt):
+        measure(p, q, settings, out=tmp_path / "run", observe=Interrupter(1))
+    with pytest.raises(RunFolderError, match="--resume"):
+        measure(p, q, settings, out=tmp_path / "run")
+    other = Settings(p="p", q="q", samples=20, max_tokens=20, seed=5)
+    with pytest.raises(RunFolderError, match="seed: 0 then, 5 now"):
+        measure(p, q, other, out=tmp_path / "run", resume=True)
+
+
+def test_a_damaged_folder_is_named(pair, tmp_path):
+    p, q = pair
+    settings = Settings(p="p", q="q", samples=20, max_tokens=20, batch_size=5)
+    for damage in ("shard", "config", "gap"):
+        folder = tmp_path / damage
+        with pytest.raises(KeyboardInterrupt):
+            measure(p, q, settings, out=folder, observe=Interrupter(3))
+        if damage == "shard":
+            (folder / "shards" / "00001.safetensors").write_bytes(b"garbage")
+        elif damage == "config":
+            (folder / "config.yaml").write_text("[not: options")
+        else:
+            (folder / "shards" / "00001.safetensors").unlink()
+        with pytest.raises(RunFolderError, match="expected"):
+            measure(p, q, settings, out=folder, resume=True)
+
+
+def test_a_full_disk_keeps_what_was_done(pair, tmp_path, monkeypatch):
+    import klkit.report.record as record
+
+    p, q = pair
+    settings = Settings(p="p", q="q", samples=20, max_tokens=20, batch_size=5)
+    real, calls = record.save_file, []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) == 3:
+            path.write_bytes(b"half a sha")
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(record, "save_file", full)
+    with pytest.raises(RunFolderError, match="No space left"):
+        measure(p, q, settings, out=tmp_path / "run")
+    assert sorted(f.name for f in (tmp_path / "run" / "shards").iterdir()) == ["00000.safetensors", "00001.safetensors"]
+    monkeypatch.setattr(record, "save_file", real)
+    resumed = measure(p, q, settings, out=tmp_path / "run", resume=True)
+    assert resumed.headline.value == measure(p, q, settings).headline.value
+
+
+def test_provenance_and_schema(pair, tmp_path):
+    settings = Settings(p="p", q="q", samples=20, max_tokens=20)
+    measure(*pair, settings, out=tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["schema"] == "klkit.result/1"
+    head = result["headline"]
+    assert set(head) >= {"method", "estimand", "direction", "unit", "value", "stderr", "ci", "n_sequences", "n_prompts"}
+    assert set(head["ci"]) == {"level", "lower", "upper", "method"}
+    for key in ("audit", "floor", "truncated_share", "infinite", "variance_ratio_vs_mc", "provenance", "estimates"):
+        assert key in result
+    names = {f.name for f in (tmp_path / "run").iterdir()}
+    assert {"config.yaml", "result.json", "samples.jsonl", "tensors.safetensors", "env.json", "report.html"} <= names
+
+
+def test_bits_are_nats_over_log_two(pair):
+    nats = klkit.estimate(*pair, samples=30, max_tokens=30).to_dict()["headline"]
+    bits = klkit.estimate(*pair, samples=30, max_tokens=30, unit="bits").to_dict()["headline"]
+    assert bits["value"] * np.log(2) == pytest.approx(nats["value"])
+    assert bits["unit"] == "bits"

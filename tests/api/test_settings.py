@@ -1,0 +1,40 @@
+import pytest
+import yaml
+
+from klkit.api.settings import Settings
+
+
+def test_round_trip_through_yaml():
+    settings = Settings(p="a", q="b", rtol=0.05, samples=3, batch_size=7, unit="bits")
+    assert Settings.from_mapping(yaml.safe_load(yaml.safe_dump(settings.to_dict()))) == settings
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"sample": 3}, "samples"),
+        ({"no_such_thing": 3}, "the options are"),
+        ({"samples": 0}, "at least 1"),
+        ({"samples": True}, "at least 1"),
+        ({"max_tokens": -1}, "at least 1"),
+        ({"max_tokens": "many"}, "at least 1"),
+        ({"temperature": 0}, "above 0"),
+        ({"temperature": "warm"}, "number"),
+        ({"temperature": float("nan")}, "above 0"),
+        ({"rtol": 2.0}, "between 0 and 1"),
+        ({"seed": -1}, "non-negative"),
+        ({"method": "k1"}, "rb_cv"),
+        ({"divergence": "kld"}, "reverse_kl"),
+        ({"batch_size": 0}, "auto"),
+        ({"batch_size": "large"}, "auto"),
+        ({"prompts": 3}, "quotes"),
+        ({"text": "a.txt", "prompts": "b.txt"}, "--text alone"),
+        ({"divergence": "js", "method": "mc"}, "rb"),
+        ({"unit": "bans"}, "bits"),
+        ({"p": None}, "'p'"),
+    ],
+)
+def test_bad_options_say_what_to_do(options, expected):
+    with pytest.raises(ValueError, match="expected") as error:
+        Settings.from_mapping({"p": "a", "q": "b", **options})
+    assert expected in str(error.value)

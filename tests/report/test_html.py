@@ -1,0 +1,127 @@
+"""The page of a run: self-contained, escaped, and really opened in a browser where one is at hand."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+
+import pytest
+import torch
+
+import klkit
+from klkit.models.automaton import random_automaton
+from klkit.report.html import embed, heat_map, render
+from klkit.report.record import RunFolder
+from klkit.report.text import printable
+from klkit.rng import stream
+
+HOSTILE = [
+    "</script><script>document.title='owned'</script>",
+    "\x1b[31m\x07",
+    "\u202eright to left",
+    '"><img src=x>',
+    "a\nb",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    generator = stream(3, "page")
+    p, q = (random_automaton(3, 5, generator=generator) for _ in range(2))
+    path = tmp_path_factory.mktemp("run") / "run"
+    klkit.estimate(p, q, samples=80, max_tokens=30, out=path)
+    return RunFolder.open(path)
+
+
+@pytest.fixture(scope="module")
+def hostile_page(folder):
+    texts = {token: HOSTILE[i % len(HOSTILE)] for i, token in enumerate(sorted(folder.tokens()))}
+    result = folder.result()
+    for row in result["breakdown"]["tokens"]:
+        row["text"] = texts[row["token"]]
+    result["provenance"]["models"]["p"]["name"] = HOSTILE[0]
+    result["notes"] = [HOSTILE[0]]
+    return render(result, folder.whole(), texts, folder.samples())
+
+
+class Tags(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.attributes = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+
+def test_the_page_loads_nothing(folder):
+    page = (folder.path / "report.html").read_text()
+    parsed = Tags()
+    parsed.feed(page)
+    assert not {"link", "img", "iframe", "object", "embed"} & set(parsed.tags)
+    assert not [v for k, v in parsed.attributes if k in ("src", "href") and v and not v.startswith("#")]
+    assert "default-src 'none'" in page
+
+
+def test_tokens_that_are_markup_or_control_characters_stay_text(hostile_page):
+    assert "<script>document.title" not in hostile_page
+    assert "<img" not in hostile_page
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202e]", hostile_page)
+    parsed = Tags()
+    parsed.feed(hostile_page)
+    assert parsed.tags.count("script") == 2  # the data block and the page's own
+
+
+def test_the_heat_map_says_what_the_statistics_say(folder):
+    whole = folder.whole()
+    strings = heat_map(whole, folder.tokens())
+    assert len(strings) == 24
+    assert [s["kl"] for s in strings] == sorted((s["kl"] for s in strings), reverse=True)
+    sums = whole.statistics.per_string(whole.statistics.rows.kl)
+    for s in strings:
+        assert s["kl"] == pytest.approx(float(sums[s["number"]]))
+        assert [t["t"] for t in s["top"]] == whole.statistics.x.completion(s["number"]).tolist()
+        for token in s["top"]:
+            assert token["tp"][0][1] >= token["tp"][-1][1]
+
+
+def test_infinite_divergence_makes_a_page(folder):
+    whole, result = folder.whole(), folder.result()
+    rows = whole.statistics.rows
+    kl = rows.kl.clone()
+    kl[0] = torch.inf
+    whole = replace(whole, statistics=replace(whole.statistics, rows=replace(rows, kl=kl)))
+    result["headline"]["value"] = "inf"
+    assert "∞" in render(result, whole, folder.tokens(), folder.samples())
+
+
+def test_printable_and_embed():
+    assert printable("\x1b]0;title\x07") == "\\x1b]0;title\\x07"
+    assert printable("\u200b\ud800") == "\\u200b\\ud800"
+    assert json.loads(embed(HOSTILE)) == HOSTILE
+    assert "<" not in embed(HOSTILE)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine")
+def test_the_page_opens_in_a_browser(folder, hostile_page, tmp_path):
+    def browse(page, *options):
+        path = tmp_path / "page.html"
+        path.write_text(page)
+        command = [
+            "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}", *options, path.as_uri(),
+        ]  # fmt: skip
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+    # The tooltip of the first token, shown by the page's own script, lands in the dumped document.
+    focus = "<script>document.querySelector('.token').focus()</script></body>"
+    dumped = browse((folder.path / "report.html").read_text().replace("</body>", focus), "--dump-dom")
+    assert re.search(r'id="card"[^>]*display: block', dumped)
+    assert re.search(r"KL [\d.e-]+ nats · drawn", dumped)
+    assert "owned" not in re.search(r"<title>(.*?)</title>", browse(hostile_page, "--dump-dom")).group(1)
+    picture = tmp_path / "page.png"
+    browse((folder.path / "report.html").read_text(), f"--screenshot={picture}", "--window-size=1100,1400")
+    assert picture.stat().st_size > 20_000
