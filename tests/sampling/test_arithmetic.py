@@ -42,13 +42,22 @@ def test_every_code_finds_its_token(size):
 
 
 def test_codes_at_the_edges():
-    # Masses that sum to just over 1 in floating point, and the largest code there is.
-    mass = torch.tensor([[0.1] * 10 + [0.0]], dtype=torch.float64)
-    zero, last = torch.zeros(1, dtype=torch.float64), torch.tensor([1 - 2.0**-53], dtype=torch.float64)
-    assert narrow(mass, zero, zero)[0].item() == 0
-    index, inner = narrow(mass, last, last)
-    assert index.item() == 9
-    assert 0 <= inner.item() < 1
+    # Masses whose sums round to either side of 1, nothing at both ends, the smallest code and the largest.
+    mass = torch.rand(5000, 12, generator=stream(0, "mass"), dtype=torch.float64)
+    mass[:, 0] = mass[:, -1] = 0
+    mass /= mass.sum(1, keepdim=True)
+    for i, power in enumerate((-1.0, 0.0, 1.0)):
+        mass[i] = 0
+        mass[i, 5] = 2.0**power
+    totals = mass.cumsum(1)[:, -1]
+    assert bool((totals < 1).any())
+    assert bool((totals > 1).any())
+    first, last = torch.zeros(5000, dtype=torch.float64), torch.full((5000,), 1 - 2.0**-53, dtype=torch.float64)
+    low, high = mass.ne(0).long().argmax(1), 11 - mass.flip(1).ne(0).long().argmax(1)
+    for code, expected in ((first, low), (last, high)):
+        index, inner = narrow(mass, code, last)
+        assert torch.equal(index, expected)
+        assert bool(((inner >= 0) & (inner < 1)).all())
 
 
 def test_a_set_spreads_exactly_over_the_law():

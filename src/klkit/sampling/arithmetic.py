@@ -122,8 +122,7 @@ def narrow(
     """
     edges = torch.nn.functional.pad(mass.cumsum(1), (1, 0))
     total = edges[:, -1]
-    # A code just under 1 may round up to the total; the last interval of any mass holds it.
-    target = torch.minimum(code * total, torch.nextafter(total, torch.zeros_like(total)))
+    target = code * total  # below the total even when rounded, as no code exceeds 1 − 2⁻⁵³
     index = torch.searchsorted(edges[:, 1:].contiguous(), target[:, None], right=True)[:, 0]
     low, high = edges.gather(1, index[:, None])[:, 0], edges.gather(1, index[:, None] + 1)[:, 0]
     inner = (target - low + fresh * GRID * total) / (high - low)
