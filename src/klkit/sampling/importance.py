@@ -66,7 +66,7 @@ def effective_sample_size(statistics: TokenStatistics) -> Float[Tensor, " l"]:
         >>> from klkit.models.automaton import coin
         >>> p = coin(end=0.5)
         >>> x = from_policy(p, [p.context(None)] * 8, max_tokens=1, seed=0)
-        >>> effective_sample_size(score(p, p, x)).tolist()
+        >>> effective_sample_size(score(p, p, x)).round().tolist()
         [8.0]
     """
     x = statistics.x
