@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import re
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -96,7 +97,7 @@ def reviews(shop: Workshop, folder: Path) -> str:
     requests += ["user:\n", "assistant:\n"] * 100
     tokenizer = bpe.train([*texts[:20_000], *requests], 512, window=WINDOW["reviews"], chat_template=CHAT_TEMPLATE)
     model = fresh(len(tokenizer), width=64, layers=2, window=WINDOW["reviews"], seed=shop.seed)
-    train(model, _chats(tokenizer, texts), steps=shop.steps(1500), rate=6e-3, seed=shop.seed, decay=0.01)
+    train(model, _chats(tokenizer, texts), steps=shop.steps(3000), rate=6e-3, seed=shop.seed, decay=0.01)
     _save(model, tokenizer, folder)
     return f"Trained on {len(texts):,} strings of klkit's film-review grammar, a fifth of them as answers to a request."
 
@@ -106,7 +107,7 @@ def reviews_positive(shop: Workshop, folder: Path) -> str:
     model, tokenizer = shop.load("reviews")
     texts = grammar.sample(grammar.positive(), shop.strings(30_000), seed=shop.seed)
     train(model, _chats(tokenizer, texts), steps=shop.steps(600), rate=2e-3, seed=shop.seed, decay=0.01)
-    _save(model, tokenizer, folder)
+    _save(model, shop.out / "reviews", folder)
     return (
         f"Fine-tuned from klkit:reviews on {len(texts):,} strings of the same grammar, re-weighted by "
         f"exp({grammar.POSITIVE_STRENGTH} · reward)."
@@ -131,7 +132,7 @@ def docs_tuned(shop: Workshop, folder: Path) -> str:
     """Go on training ``docs`` on the language reference alone."""
     model, tokenizer = shop.load("docs")
     train(model, _documents(tokenizer, _prose("reference")[0]), steps=shop.steps(60), rate=1e-3, seed=shop.seed)
-    _save(model, tokenizer, folder)
+    _save(model, shop.out / "docs", folder)
     return "Fine-tuned from klkit:docs on the paragraphs of the language reference."
 
 
@@ -140,7 +141,7 @@ def docs_lora(shop: Workshop, folder: Path) -> str:
     from peft import LoraConfig, get_peft_model
 
     base, tokenizer = shop.load("docs")
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_proj", "c_fc"], task_type="CAUSAL_LM")
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=r".*\.(c_attn|c_proj|c_fc)", task_type="CAUSAL_LM")
     config.fan_in_fan_out = True  # GPT-2 keeps its linear layers transposed
     with torch.random.fork_rng(devices=[]):
         model = get_peft_model(base, config)
@@ -152,7 +153,7 @@ def docs_lora(shop: Workshop, folder: Path) -> str:
     train(model, _documents(tokenizer, _prose("reference")[0]), steps=shop.steps(80), rate=4e-3, seed=shop.seed)
     model.peft_config["default"].base_model_name_or_path = "klkit:docs"
     model.save_pretrained(str(folder), save_embedding_layers=False)
-    tokenizer.save_pretrained(folder)
+    _copy_tokenizer(shop.out / "docs", folder)
     return "A LoRA adapter (rank 4, every linear layer) for klkit:docs, trained on the text of klkit:docs-tuned."
 
 
@@ -181,8 +182,8 @@ def rounded(weight: Tensor, bits: int, *, dim: int) -> Tensor:
     """The nearest weights on a symmetric grid of ``2^bits − 1`` values, one scale a slice along ``dim``.
 
     Example:
-        >>> rounded(torch.tensor([[1.0, 0.4, -0.1]]), 2, dim=0).tolist()
-        [[1.0, 0.0, 0.0]]
+        >>> rounded(torch.tensor([[1.0, 0.4, -0.6]]), 2, dim=0).tolist()
+        [[1.0, 0.0, -1.0]]
     """
     rest = tuple(d for d in range(weight.dim()) if d != dim)
     scale = weight.abs().amax(rest, keepdim=True) / (2 ** (bits - 1) - 1)
@@ -244,21 +245,31 @@ def card(name: str, how: str, seed: int) -> str:
 
 
 def _rounded(shop: Workshop, folder: Path, bits: int) -> str:
-    model, tokenizer = shop.load("docs")
+    model, _ = shop.load("docs")
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 2 and ".h." in name:
                 weight.copy_(rounded(weight, bits, dim=1))  # GPT-2 keeps outputs in columns
-    _save(model, tokenizer, folder)
+    _save(model, shop.out / "docs", folder)
     return (
         f"The linear layers of klkit:docs rounded to a symmetric {bits}-bit grid with one scale for each output; "
         "stored dequantised in fp32, so it loads everywhere and shows the error of rounding, not its saving."
     )
 
 
-def _save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def _save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast | Path, folder: Path) -> None:
+    """Write a checkpoint with a new tokenizer, or with that of another checkpoint's folder."""
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if isinstance(tokenizer, Path):
+        _copy_tokenizer(tokenizer, folder)
+    else:
+        tokenizer.save_pretrained(folder)
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    # Saving a tokenizer that was loaded would also write down how it was loaded.
+    for file in (*source.glob("tokenizer*.json"), *source.glob("*.jinja")):
+        shutil.copyfile(file, folder / file.name)
 
 
 @cache

@@ -29,13 +29,13 @@ class Checkpoint:
 CATALOGUE = {
     "reviews": Checkpoint(
         "film reviews from a grammar whose string law is known exactly; has a chat template",
-        parameters=135_872,
+        parameters=141_056,
         base=None,
         prompts="reviews",
     ),
     "reviews-positive": Checkpoint(
         "the same grammar, re-weighted towards praise: the optimum of a reward with a KL penalty",
-        parameters=135_872,
+        parameters=141_056,
         base="reviews",
         prompts="reviews",
     ),
@@ -53,7 +53,7 @@ CATALOGUE = {
     ),
     "docs-lora": Checkpoint(
         "docs with a LoRA adapter of rank 4, tuned on the language reference (PEFT format)",
-        parameters=0,
+        parameters=24_576,
         base="docs",
         prompts="docs",
         adapter=True,
