@@ -68,10 +68,11 @@ def test_prompts() -> None:
 def test_padding_may_hold_anything() -> None:
     p, _ = bank.random_pair(1)
     x = Sequences.pack([p.context(None)] * 2, [torch.tensor([0, 1, 0, 2]), torch.tensor([2])])
-    noisy = x.tokens.clone()
-    noisy[1, 2:] = -100
-    y = Sequences(noisy, x.start, x.stop, x.prompt, x.cluster, x.finished)
-    assert torch.equal(p.encode(x), p.encode(y))
+    for noise in (-100, 10**9):
+        noisy = x.tokens.clone()
+        noisy[1, 2:] = noise
+        y = Sequences(noisy, x.start, x.stop, x.prompt, x.cluster, x.finished)
+        assert torch.equal(p.encode(x), p.encode(y))
 
 
 def test_several_end_tokens() -> None:

@@ -135,7 +135,7 @@ class LinearSystem:
         Long strings make the system nearly singular, so solutions are refined with the residual
         ``f − end · V − Σ p(a) (V − V(after))``, which does not cancel when all values are large.
         """
-        value = torch.linalg.lu_solve(self.lu, self.pivots, f)
+        value: Tensor = torch.linalg.lu_solve(self.lu, self.pivots, f)
         end = (self.chain.p * ~self.chain.moves).sum(-1, keepdim=True)
         weight = self.chain.p * self.chain.moves
         for _ in range(20):
@@ -153,4 +153,5 @@ class LinearSystem:
         """``(I − Mᵀ)^-1 e_0``: expected visits to each pair."""
         start = torch.zeros(len(self.lu), 1, dtype=torch.float64)
         start[0] = 1.0
-        return torch.linalg.lu_solve(self.lu, self.pivots, start, adjoint=True)[:, 0]
+        visits: Tensor = torch.linalg.lu_solve(self.lu, self.pivots, start, adjoint=True)[:, 0]
+        return visits

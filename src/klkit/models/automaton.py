@@ -191,7 +191,6 @@ def can_end(probabilities: Float[Tensor, "s v"], transitions: Int[Tensor, "s v"]
     """
     moves = probabilities > 0
     done = moves[:, ends].any(-1)
-    moves[:, ends] = False
     for _ in range(len(done)):
         wider = done | (moves & done[transitions]).any(-1)
         if bool((wider == done).all()):

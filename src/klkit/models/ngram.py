@@ -43,7 +43,7 @@ def ngram(
     Example:
         >>> p = ngram(["abab", "ab"], 2, smoothing=0.5)
         >>> p.vocabulary.tokens, p.states
-        (('a', 'b', '<end>'), 4)
+        (('a', 'b', '<end>'), 3)
     """
     sequences = [text.split() if words else list(text) for text in texts]
     alphabet = sorted({symbol for sequence in sequences for symbol in sequence}) if symbols is None else list(symbols)
