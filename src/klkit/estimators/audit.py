@@ -122,7 +122,8 @@ def audit(
     checks = [numbers(statistics), impossible(statistics, drawn=not given and x.sampler_logp is None)]
     # Judged by the prefix alone, as it must be for the sums that are left to be martingales.
     usable = rows.kl.isfinite() & rows.entropy_p.isfinite() & rows.variance_logp.isfinite() & (rows.lost == 0)
-    usable &= rows.logp > -torch.inf
+    # A token that p cannot have drawn, or that has no number, fails a check of its own.
+    usable &= statistics.log_ratio.isfinite()
     exempt = ""
     if given:
         exempt = "the text was given, not drawn from p: its tokens cannot be tested against p"
@@ -250,20 +251,20 @@ def numbers(statistics: TokenStatistics) -> Check:
     count = int(values.isnan().any(0).sum())
     if count:
         advice = f"{count} decisions gave NaN: look for overflow in half precision, and load the models with float32."
-        return Check("not_a_number", count, 0, "fail", advice)
-    return Check("not_a_number", 0, 0, "pass", "Every decision gave numbers.")
+        return Check("not_a_number", float(count), 0.0, "fail", advice)
+    return Check("not_a_number", 0.0, 0.0, "pass", "Every decision gave numbers.")
 
 
 def impossible(statistics: TokenStatistics, *, drawn: bool) -> Check:
     """Tokens of the strings to which ``p`` gives no probability at all."""
     count = int((statistics.rows.logp == -torch.inf).sum())
     if not count:
-        return Check("impossible_tokens", 0, 0, "pass", "p allows every token of the strings.")
+        return Check("impossible_tokens", 0.0, 0.0, "pass", "p allows every token of the strings.")
     if drawn:
         advice = f"p cannot have drawn {count} of the tokens; were they sampled from another model or vocabulary?"
-        return Check("impossible_tokens", count, 0, "fail", advice)
+        return Check("impossible_tokens", float(count), 0.0, "fail", advice)
     advice = f"p excludes {count} tokens of the strings, which it did not write itself; see that this is meant."
-    return Check("impossible_tokens", count, 0, "warn", advice)
+    return Check("impossible_tokens", float(count), 0.0, "warn", advice)
 
 
 def truncation(statistics: TokenStatistics) -> Check:
@@ -280,11 +281,10 @@ def truncation(statistics: TokenStatistics) -> Check:
 
 def excluded(statistics: TokenStatistics, pieces: Callable[[Sequence[int]], list[str]] | None) -> Check:
     """Decisions at which ``q`` excludes tokens that ``p`` allows, and which tokens."""
-    lost = statistics.rows.lost
-    infinite = lost > 0
+    lost, infinite = statistics.rows.lost, statistics.rows.lost > 0
     count = int(infinite.sum())
     if not count:
-        return Check("infinite_decisions", 0, 0, "pass", "q allows whatever p does.")
+        return Check("infinite_decisions", 0.0, 0.0, "pass", "q allows whatever p does.")
     common = [token for token, _ in Counter(statistics.rows.excluded[infinite].tolist()).most_common(5)]
     named = ", ".join(repr(piece) for piece in pieces(common)) if pieces else ", ".join(map(str, common))
     advice = (
@@ -292,15 +292,15 @@ def excluded(statistics: TokenStatistics, pieces: Callable[[Sequence[int]], list
         f"{float(lost[infinite].double().mean()):.2g} on average, most often {named}; compare unprocessed models, or "
         f"use the Jensen-Shannon divergence."
     )
-    return Check("infinite_decisions", count, 0, "warn", advice)
+    return Check("infinite_decisions", float(count), 0.0, "warn", advice)
 
 
 def zero(statistics: TokenStatistics, same: bool) -> Check:
     """Whether every single decision's divergence is exactly zero."""
     share = float((statistics.rows.kl == 0).double().mean())
     if same:
-        return Check("exact_zero_share", share, 1, "pass", "The two sides are said to be one model.")
+        return Check("exact_zero_share", share, 1.0, "pass", "The two sides are said to be one model.")
     if share == 1:
         advice = "Every divergence is exactly 0: both sides are the same weights; is the adapter loaded and active?"
-        return Check("exact_zero_share", share, 1, "warn", advice)
-    return Check("exact_zero_share", share, 1, "pass", "The two sides differ.")
+        return Check("exact_zero_share", share, 1.0, "warn", advice)
+    return Check("exact_zero_share", share, 1.0, "pass", "The two sides differ.")

@@ -19,7 +19,8 @@ def floor(p: LanguageModel, hidden: Float[Tensor, "m d"], x: Sequences, *, batch
     """``KL(p as it sampled ‖ p teacher-forced)`` per response, in nats: what rounding alone looks like.
 
     Both sides are one model reading one text, so anything above zero is noise of the arithmetic. An
-    estimate that is not well above it says nothing about the models. Returns ``kind``, ``value`` and ``stderr``.
+    estimate that is not well above it says nothing about the models. Returns ``kind``, ``value``, ``stderr`` and
+    ``n``, the number of strings.
 
     Args:
         hidden: trunk vectors of the sampling pass (``Draw.hidden``).
@@ -48,4 +49,5 @@ def floor(p: LanguageModel, hidden: Float[Tensor, "m d"], x: Sequences, *, batch
         parts.append(collect(p, hidden[done : done + batch.decisions], p, p.encode(batch), batch))
         done += batch.decisions
     estimate = summarise("rb", TokenStatistics.cat(parts))
-    return {"kind": "sampling pass against teacher forcing", "value": estimate.value, "stderr": estimate.stderr}
+    kind = "sampling pass against teacher forcing"
+    return {"kind": kind, "value": estimate.value, "stderr": estimate.stderr, "n": estimate.n}
