@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from klkit.stats.intervals import cluster_totals, ratio_interval
 from klkit.stats.planning import plan
@@ -35,10 +36,12 @@ def test_prompts_are_the_smallest_number_that_does():
     found = plan(*data, atol=0.4)
     assert found.half_width <= 0.4
     assert math.isnan(found.within)
-    sd = math.sqrt(found.between)
-    from scipy import stats
 
-    assert stats.t.ppf(0.975, found.prompts - 2) * sd / math.sqrt(found.prompts - 1) > 0.4
+    def half_width(prompts):
+        return stats.t.ppf(0.975, prompts - 1) * math.sqrt(found.between / prompts)
+
+    assert found.half_width == pytest.approx(half_width(found.prompts))
+    assert half_width(found.prompts - 1) > 0.4
 
 
 def test_dear_prompts_get_more_strings_at_the_least_cost():
@@ -77,6 +80,17 @@ def test_unequal_clusters():
     found = plan(x[keep], w[keep], cluster[keep], rtol=0.01)
     assert found.between == pytest.approx(4, rel=0.2)
     assert found.within == pytest.approx(9, rel=0.1)
+
+
+def test_components_of_very_unequal_clusters_by_hand():
+    x, cluster = np.array([1.0, 3.0, 2.0, 6.0, 4.0, 4.0, 5.0, 7.0]), np.array([0, 0, 1, 2, 2, 2, 2, 2])
+    groups = [x[cluster == i] for i in range(3)]
+    within = sum(float(np.sum((g - g.mean()) ** 2)) for g in groups) / 5
+    between = sum(len(g) * (g.mean() - x.mean()) ** 2 for g in groups) / 2
+    size = (8 - (4 + 1 + 25) / 8) / 2
+    found = plan(x, np.ones(8), cluster, atol=1.0)
+    assert found.within == pytest.approx(within)
+    assert found.between == pytest.approx((between - within) / size)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,9 @@ def test_says_when_too_few_clusters_carry_a_quantile():
     assert value == 5
     assert math.isnan(found.upper)
     assert found.method == "none (1 of 30 clusters reach beyond this quantile)"
+    assert quantile_interval(np.ones(300), np.arange(300), 0.5)[1].method == (
+        "none (0 of 300 clusters reach beyond this quantile)"
+    )
     assert quantile_interval(np.array([2.0]), np.array([0]), 0.5)[0] == 2
 
 

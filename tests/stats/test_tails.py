@@ -22,6 +22,26 @@ def test_agrees_with_maximum_likelihood():
     assert pareto_khat(x) == pytest.approx((213 * likelihood + 5) / 223, abs=0.03)
 
 
+@pytest.mark.parametrize("n", [25, 60, 400])
+def test_is_the_published_algorithm_step_by_step(n):
+    """Zhang and Stephens' estimate in plain loops, then shrunk by ten pseudo-values of one half."""
+    values = sorted(np.random.default_rng(n).pareto(1.5, size=n).tolist())
+    size = math.ceil(min(n / 5, 3 * math.sqrt(n)))
+    x = [v - values[-size - 1] for v in values[-size:]]
+    m, quartile = 30 + int(math.sqrt(size)), x[math.floor(size / 4 + 0.5) - 1]
+
+    def shape(theta):
+        return sum(math.log(1 - theta * v) for v in x) / size
+
+    def profile(theta):
+        return size * (math.log(-theta / shape(theta)) - shape(theta) - 1)
+
+    thetas = [1 / x[-1] + (1 - math.sqrt(m / (j - 0.5))) / (3 * quartile) for j in range(1, m + 1)]
+    weights = [1 / sum(math.exp(profile(other) - profile(theta)) for other in thetas) for theta in thetas]
+    k = shape(sum(w * theta for w, theta in zip(weights, thetas, strict=True)))
+    assert pareto_khat(np.array(values)) == pytest.approx(k * size / (size + 10) + 0.5 * 10 / (size + 10), rel=1e-9)
+
+
 def test_does_not_depend_on_units_or_order():
     x = np.random.default_rng(0).pareto(2, size=500)
     assert pareto_khat(1e-9 * x[::-1] + 0.0) == pytest.approx(pareto_khat(x), rel=1e-9)
