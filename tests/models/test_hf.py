@@ -109,7 +109,7 @@ def test_laws(model):
 def test_the_head_runs_on_chunks_only(monkeypatch):
     model = HuggingFaceModel(build("gpt2"), tokenizer())
     seen = []
-    model._head.register_forward_hook(lambda _, args, out: seen.append(out.numel()))
+    model._network._head.register_forward_hook(lambda _, args, out: seen.append(out.numel()))
     x = strings()
     model.encode(x)
     state, _ = model.begin([x.context(0), x.context(1)])

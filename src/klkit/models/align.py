@@ -78,7 +78,7 @@ def align(
     return _over(p, common, keep), _over(q, common, keep), tuple(notes)
 
 
-def contexts(model: LanguageModel, prompts: Prompts | None) -> list[Int[Tensor, " c"]]:
+def contexts(model: LanguageModel, prompts: Prompts | None) -> list[Int[Tensor, " _c"]]:
     """What ``model`` reads before it responds to each prompt, by its own template; one empty prompt without any.
 
     Example:

@@ -1,15 +1,13 @@
-"""Any causal language model of transformers, split into a trunk and a read-out.
+"""Any causal language model of transformers as a :class:`klkit.models.base.LanguageModel`.
 
-The trunk vector of a decision is whatever enters the output head, caught on its way there during a
-real forward pass; the head then runs on a few rows at a time. Architectures treat logits in their own
-ways after the head (a cap, a scale), so the split is *verified* when a model is wrapped: if the
-read-out of the caught vectors is not what the model itself returns, the logits become the trunk
-vectors. The key-value cache is verified in the same way, and replaced by recomputation if it fails.
+Given strings are read right-padded, all at once. Strings being drawn are read left-padded, through
+the network's own cache, with positions that count from each row's first token. That the cache agrees
+with teacher forcing on a ragged batch is verified when a model is wrapped; where it does not, every
+token is predicted from a fresh reading of the whole string instead: slower, and right.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,17 +15,15 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from klkit.models import tokenization
 from klkit.models.base import Vocabulary
+from klkit.models.split import SplitNetwork, close
 from klkit.numerics import log_softmax
 from klkit.sequences import Content, Sequences
 
-# Factors and divisors that architectures apply to the output of the head, by configuration key.
-LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-LOGIT_DIVISORS = ("logits_scaling",)
 WINDOW_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
 PROBE_LENGTH = 7
 
@@ -39,7 +35,7 @@ class DecodingState:
     Attributes:
         length: tokens each row has read, ``(b,)``.
         width: columns of the left-padded block that the cache covers.
-        cache: the model's own cache, or None where it is recomputed.
+        cache: the network's own cache, or None where it is not used.
         tokens: all tokens read, right-padded, ``(b, l)``, only where they are read again at every step.
     """
 
@@ -50,7 +46,7 @@ class DecodingState:
 
 
 class HuggingFaceModel:
-    """A causal language model of transformers as a :class:`klkit.models.base.LanguageModel`.
+    """A causal language model of transformers, with its tokenizer.
 
     Args:
         model: the network; it is put in evaluation mode.
@@ -60,11 +56,15 @@ class HuggingFaceModel:
         activate: called before every pass, for models that share weights (adapters).
 
     Attributes:
+        vocabulary: token strings by id, and end tokens.
+        window: longest context plus completion, or None.
+        width: values in a trunk vector.
+        dtype: precision of weights and arithmetic.
         notes: what a reader of the numbers should know about how this model is run.
 
     Raises:
-        ValueError: no end token is declared anywhere, an end token is out of range, or the
-            model returns NaN on a short probe.
+        ValueError: no end token is declared anywhere, an end token is out of range, the tokenizer is
+            empty, or the network returns NaN or looks at later tokens on a short probe.
     """
 
     def __init__(
@@ -76,27 +76,26 @@ class HuggingFaceModel:
         ends: Sequence[int] | None = None,
         activate: Callable[[], None] | None = None,
     ):
-        self.model = cast(Any, model)
-        self.model.eval()
+        self.model = model
         self.tokenizer = tokenizer
-        self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+        self.name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self.dtype: torch.dtype = model.dtype
         self.notes: tuple[str, ...] = ()
-        self._activate = activate
-        accepts = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in accepts
-        self._cache_name = "past_key_values" if "past_key_values" in accepts else "cache_params"
-        config = model.config.get_text_config(decoder=True)
-        self.window = _first_int(config, WINDOW_KEYS)
-        self._factor, self._cap = _after_head(config)
-        self._head: nn.Module | None = self.model.get_output_embeddings()
-        self._cached = True
-        size, self.width = self._verify_split()
+        self.window = _window(model.config.get_text_config(decoder=True))
+        probe = self._probe()
+        self._network = SplitNetwork(model, probe, self.name, activate)
+        self.width = self._network.width
+        size = self._network.size
         tokens = tokenization.token_strings(tokenizer, size)
         self.vocabulary = Vocabulary(tokens, tokenization.end_tokens(model, tokenizer, size, ends))
-        self._verify_cache()
+        if self._network.whole:
+            self._note(f"the logits of {self.name} are not a known function of its output head's input; kept whole")
+        self._cached = True
+        self._cached = self._cache_agrees(probe[0])
+        if not self._cached:
+            self._note(f"the cache of {self.name} fails on ragged batches; contexts are read anew at every token")
 
-    # ------------------------------------------------------------------------------------ prompts
+    # Prompts
 
     def context(self, prompt: Content | None) -> Int[Tensor, " c"]:
         """Token ids read before the response: text with its usual opening tokens, or a filled-in template.
@@ -121,7 +120,7 @@ class HuggingFaceModel:
     def _readable(self) -> Callable[[int], str]:
         return tokenization.reader(self.tokenizer, self.vocabulary)
 
-    # ---------------------------------------------------------------------------- teacher forcing
+    # Given strings
 
     def encode(self, x: Sequences) -> Float[Tensor, "m d"]:
         """Trunk vectors of every decision of the strings ``x``, from one right-padded pass.
@@ -130,24 +129,22 @@ class HuggingFaceModel:
             ValueError: a string does not fit the window.
         """
         if not x.decisions:
-            return torch.zeros(0, self.width, dtype=self.dtype)
+            return torch.zeros(0, self.width, dtype=self.dtype, device=self._network.device)
         self._check_window(int(x.stop.max()))
-        # The last token of a string predicts nothing that is scored, so it is not read. Padding on the
-        # right needs no mask, since the model is causal, and a mask would leave rows with nothing to see.
-        tokens = x.tokens[:, : int(x.stop.max()) - 1]
+        # The last token of a string predicts nothing that is scored, so it is not read.
+        hidden = self._read(x.tokens[:, : int(x.stop.max()) - 1])
+        row, column = x.predictors()
         with torch.inference_mode():
-            hidden, _ = self._trunk(tokens, torch.ones_like(tokens))
-            row, column = x.predictors()
             return hidden[row.to(hidden.device), column.to(hidden.device)]
 
     def readout(self, h: Float[Tensor, "m d"]) -> Float[Tensor, "m v"]:
-        """Log-probabilities of the next token: head, the architecture's cap or scale, log-softmax.
+        """Log-probabilities of the next token, at least in fp32.
 
         Raises:
             ValueError: a logit is NaN.
         """
         with torch.no_grad():
-            return log_softmax(h if self._head is None else self._logits(h))
+            return log_softmax(self._network.logits(h))
 
     def embedding(self) -> Float[Tensor, "v e"] | None:
         """Input embeddings in single precision, one row a token; None if the model has none to show."""
@@ -157,10 +154,10 @@ class HuggingFaceModel:
             return None
         return weight.detach()[:size].float()
 
-    # ----------------------------------------------------------------------------------- decoding
+    # Strings being drawn
 
     def begin(self, contexts: Sequence[Int[Tensor, " _c"]]) -> tuple[DecodingState, Float[Tensor, "b d"]]:
-        """Read contexts of any lengths in one pass, left-padded; positions count from each row's start.
+        """Read contexts of any lengths in one pass.
 
         Raises:
             ValueError: there is no context, one is empty, or one does not fit the window.
@@ -179,23 +176,22 @@ class HuggingFaceModel:
         if self._cached:
             state = DecodingState(length, width, None, None)
             return state, self._step(state, tokens)
-        return DecodingState(length, width, None, tokens), self._reread(tokens, length)
+        return DecodingState(length, width, None, tokens), self._last(tokens, length)
 
     def advance(self, state: DecodingState, tokens: Int[Tensor, " b"]) -> tuple[DecodingState, Float[Tensor, "b d"]]:
-        """Append one token to every row; ``state`` is updated and must not be used again.
+        """Append one token to every row; ``state`` must not be used again.
 
         Raises:
             ValueError: a row would outgrow the window.
         """
-        tokens = tokens.cpu()
-        self._check_window(int(state.length.max()) + 1)
-        length = state.length + 1
+        tokens, length = tokens.cpu(), state.length + 1
+        self._check_window(int(length.max()))
         if state.tokens is None:
             state = DecodingState(length, state.width + 1, state.cache, None)
             return state, self._step(state, tokens[:, None])
-        wider = torch.nn.functional.pad(state.tokens, (0, max(0, int(length.max()) - state.tokens.shape[1])))
-        wider[torch.arange(len(length)), state.length] = tokens
-        return DecodingState(length, wider.shape[1], None, wider), self._reread(wider, length)
+        longer = torch.nn.functional.pad(state.tokens, (0, max(0, int(length.max()) - state.tokens.shape[1])))
+        longer[torch.arange(len(length)), state.length] = tokens
+        return DecodingState(length, longer.shape[1], None, longer), self._last(longer, length)
 
     def select(self, state: DecodingState, rows: Int[Tensor, " k"]) -> DecodingState:
         """The state of the given rows only; ``state`` must not be used again."""
@@ -203,138 +199,54 @@ class HuggingFaceModel:
         if state.tokens is not None:
             return DecodingState(state.length[rows], state.width, None, state.tokens[rows])
         with torch.inference_mode():
-            state.cache.reorder_cache(rows.to(self.model.device))
+            # Defined by every kind of cache layer, recurrent ones included, and an index_select in all of them.
+            state.cache.reorder_cache(rows.to(self._network.device))
         return DecodingState(state.length[rows], state.width, state.cache, None)
 
     def _step(self, state: DecodingState, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
+        """Read left-padded ``tokens`` after what the cache holds."""
         mask = (torch.arange(state.width) >= state.width - state.length[:, None]).long()
         with torch.inference_mode():
-            hidden, state.cache = self._trunk(tokens, mask, cache=state.cache, use_cache=True)
+            hidden, state.cache = self._network.trunk(tokens, mask, cache=state.cache, use_cache=True)
             return hidden[:, -1]
 
-    def _reread(self, tokens: Int[Tensor, "b l"], length: Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
-        tokens = tokens[:, : int(length.max())]
+    def _last(self, tokens: Int[Tensor, "b l"], length: Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
+        """Read right-padded ``tokens`` from the beginning; the trunk vector of each row's last one."""
+        hidden = self._read(tokens[:, : int(length.max())])
         with torch.inference_mode():
-            hidden, _ = self._trunk(tokens, torch.ones_like(tokens))
-            return hidden[torch.arange(len(length)), (length - 1).to(hidden.device)]
+            return hidden[torch.arange(len(length), device=hidden.device), (length - 1).to(hidden.device)]
 
-    # ------------------------------------------------------------------------------- the two halves
-
-    def _trunk(
-        self, tokens: Int[Tensor, "b l"], mask: Int[Tensor, "b w"], *, cache: Any = None, use_cache: bool = False
-    ) -> tuple[Float[Tensor, "b l d"], Any]:
-        """One forward pass in which the head is given no rows to work on: what enters it is kept."""
-        if self._activate is not None:
-            self._activate()
-        device = self.model.device
-        inputs: dict[str, Any] = {"input_ids": tokens.to(device), "use_cache": use_cache}
-        # State-space models take the mask with the padding only; afterwards their state has absorbed it.
-        if cache is None or self._cache_name == "past_key_values":
-            inputs["attention_mask"] = mask.to(device)
-        if self._takes_positions:
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :].to(device)
-        if cache is not None:
-            inputs[self._cache_name] = cache
-        if self._head is None:
-            output = self.model(**inputs)
-            return output.logits, getattr(output, self._cache_name, None)
-        caught: list[Tensor] = []
-
-        def catch(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            caught.append(args[0])
-            return (args[0][:, :0], *args[1:])
-
-        handle = self._head.register_forward_pre_hook(catch)
-        try:
-            output = self.model(**inputs)
-        finally:
-            handle.remove()
-        (hidden,) = caught
-        return hidden, getattr(output, self._cache_name, None)
-
-    def _logits(self, h: Float[Tensor, "m d"]) -> Float[Tensor, "m v"]:
-        if self._activate is not None:
-            self._activate()
-        assert self._head is not None
-        if self._wide_head is None:
-            logits = self._head(h)
-        else:
-            logits = nn.functional.linear(h.to(self._wide_head[0]), *self._wide_head)
-        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        if self._factor != 1.0:
-            logits = logits * self._factor
-        return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
-
-    @cached_property
-    def _wide_head(self) -> tuple[Tensor, Tensor | None] | None:
-        """Weights of a plain half-precision head in fp32: logits rounded to bf16 are a bias, not noise."""
-        head = self._head
-        if type(head) is not nn.Linear or head.weight.dtype not in (torch.float16, torch.bfloat16):
-            return None
-        return head.weight.detach().float(), None if head.bias is None else head.bias.detach().float()
-
-    # ------------------------------------------------------------------------------- verification
-
-    def _verify_split(self) -> tuple[int, int]:
-        """Compare the read-out of caught trunk vectors with the model's logits; return (v, d)."""
-        head, tokens = self._head, self._probe()
-        mask = torch.ones_like(tokens)
+    def _read(self, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
+        # Padding on the right needs no mask, since the network is causal; a mask could even leave
+        # padded rows without anything to attend to, and their NaN would spread.
         with torch.inference_mode():
-            self._head = None
-            logits = self._trunk(tokens, mask)[0]
-            if bool(torch.isnan(logits).any()):
-                raise ValueError(
-                    f"expected finite logits from {self.name} on a short probe, got NaN; "
-                    f"the weights are damaged, or overflow in {self.dtype}: load the model with dtype=float32"
-                )
-            if not _close(self._trunk(tokens[:, :-1], mask[:, :-1])[0], logits[:, :-1], 512):
-                raise ValueError(
-                    f"expected a causal language model, got {type(self.model).__name__}, whose prediction of a token "
-                    f"changes with what comes after it; load a model that was trained to predict the next token"
-                )
-            size = int(logits.shape[-1])
-            self._head = head
-            for factor, cap in dict.fromkeys([(self._factor, self._cap), (1.0, None)]) if head is not None else ():
-                self._factor, self._cap = factor, cap
-                try:
-                    hidden = self._trunk(tokens, mask)[0]
-                    mine = self._logits(hidden.flatten(0, 1)).view(logits.shape)
-                except (ValueError, TypeError, RuntimeError, IndexError):
-                    continue  # the head is not called once with (b, l, d): not a split this class knows
-                if _close(mine, logits, 128 if self.dtype in (torch.float32, torch.float64) else 8):
-                    return size, int(hidden.shape[-1])
-        self._head = None
-        self._note(f"the logits of {self.name} are not a known function of its output head's input; kept whole")
-        return size, size
+            return self._network.trunk(tokens, torch.ones_like(tokens))[0]
 
-    def _verify_cache(self) -> None:
-        """Compare ragged decoding through the cache (with a row leaving) with teacher forcing."""
-        long = self._probe()[0]
-        short = long[2:]
-        x = Sequences.pack([long[:3], short[:1]], [long[3:], short[1:]])
+    # Checks
+
+    def _cache_agrees(self, probe: Int[Tensor, " l"]) -> bool:
+        """Whether ragged decoding through the cache, with rows changing places, is teacher forcing."""
+        first, second = probe, probe[2:]
+        x = Sequences.pack([first[:3], second[:1]], [first[3:], second[1:]])
         wanted = torch.split(self.encode(x), x.lengths.tolist())
         try:
-            state, h = self.begin([long[:3], short[:1]])
-            got = [h]
-            for t in range(len(long) - 4):
+            state, h = self.begin([first[:3], second[:1]])
+            seen = [h]
+            for t in range(len(first) - 4):
                 if t == 1:
                     state = self.select(state, torch.tensor([1, 0]))
-                order = (short[1 + t], long[3 + t]) if t else (long[3], short[1])
-                state, h = self.advance(state, torch.stack(order))
-                got.append(h.flip(0) if t else h)
-            seen = torch.stack(got, 1)
-            steps = seen.shape[1]
-            ok = _close(seen[0], wanted[0][:steps], 512) and _close(seen[1], wanted[1][:steps], 512)
+                turned = t >= 1
+                pair = torch.stack((first[3 + t], second[1 + t]))
+                state, h = self.advance(state, pair.flip(0) if turned else pair)
+                seen.append(h.flip(0) if turned else h)
         except (ValueError, TypeError, RuntimeError, IndexError, AttributeError, NotImplementedError):
-            ok = False
-        if not ok:
-            self._cached = False
-            self._note(f"the cache of {self.name} fails on ragged batches; contexts are read anew at every token")
+            return False
+        return all(close(torch.stack([h[i] for h in seen]), wanted[i][: len(seen)], 512) for i in range(2))
 
     def _probe(self) -> Int[Tensor, "1 l"]:
         """A short row of ordinary token ids, spread over the vocabulary."""
         special = set(self.tokenizer.all_special_ids)
-        rows = min(len(self.tokenizer), int(self.model.get_input_embeddings().weight.shape[0]))
+        rows = min(len(self.tokenizer), cast(Tensor, self.model.get_input_embeddings().weight).shape[0])
         plain = [i for i in range(rows) if i not in special] or list(range(rows))
         length = min(PROBE_LENGTH, self.window or PROBE_LENGTH)
         return torch.tensor([[plain[(i * 7919 + 13) % len(plain)] for i in range(length)]])
@@ -350,33 +262,6 @@ class HuggingFaceModel:
         self.notes = (*self.notes, note)
 
 
-def _first_int(config: Any, keys: Sequence[str]) -> int | None:
-    values = (getattr(config, key, None) for key in keys)
-    return next((v for v in values if isinstance(v, int) and v > 0), None)
-
-
-def _after_head(config: Any) -> tuple[float, float | None]:
-    """Factor and soft cap that the configuration declares for logits: ``cap · tanh(factor · z / cap)``."""
-    factor = 1.0
-    for key in LOGIT_FACTORS:
-        value = getattr(config, key, None)
-        factor *= value if isinstance(value, (int, float)) else 1.0
-    for key in LOGIT_DIVISORS:
-        value = getattr(config, key, None)
-        factor /= value if isinstance(value, (int, float)) else 1.0
-    cap = getattr(config, "final_logit_softcapping", None)
-    return float(factor), None if cap is None else float(cap)
-
-
-def _close(a: Tensor, b: Tensor, roundings: int) -> bool:
-    """Whether two tensors agree to so many roundings of the coarser format, relative to the largest entry."""
-    a = a.to(b.device)
-    # Parts of many architectures work in fp32 even where the weights are fp64.
-    eps = max(torch.finfo(t.dtype).eps for t in (a, b, torch.empty(0)))
-    finite = torch.isfinite(b)
-    if not bool((torch.isfinite(a) == finite).all()):
-        return False
-    a, b = a[finite].double(), b[finite].double()
-    if not len(b):
-        return False
-    return float((a - b).abs().max()) <= min(0.1, roundings * eps) * float(b.abs().max().clamp(min=1e-30))
+def _window(config: Any) -> int | None:
+    values = (getattr(config, key, None) for key in WINDOW_KEYS)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
