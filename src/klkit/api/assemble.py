@@ -19,7 +19,6 @@ from klkit.api.strings import Plan, no_details
 from klkit.api.text import Windows
 from klkit.estimators import mixture, summarise
 from klkit.estimators.audit import Audit, audit
-from klkit.estimators.martingale import fit
 from klkit.estimators.statistics import TokenStatistics
 from klkit.models.base import LanguageModel
 from klkit.report.record import Batch
@@ -49,8 +48,6 @@ def from_strings(
     statistics = whole.statistics
     reverse = settings.divergence == "reverse_kl"
     direction = "KL(q‖p)" if reverse else "KL(p‖q)"
-    fitted = fit(statistics)
-    notes = (*notes, *fitted.notes)
 
     def estimate(method: str, estimand: str) -> Estimate:
         summary = summarise(method, statistics, estimand=estimand, divergence=settings.divergence, direction=direction)

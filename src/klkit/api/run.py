@@ -212,6 +212,7 @@ def draw_strings(
         batch_size=settings.batch_size,
         features=None if embedding is None else token_features(embedding, TOKEN_FEATURES),
         mixture=mixture,
+        floor=settings.floor == "batch",
         enough=stop_rule(settings),
         folder=folder,
         observe=observe,

@@ -11,6 +11,9 @@ METHODS = ("rb_cv", "rb", "mc", "k3_string", "cv_string", "k3_token", "ht")
 DIVERGENCES = ("kl", "reverse_kl", "js", "jeffreys")
 FLOORS = ("batch", "dtype", "none")
 UNITS = ("nats", "bits")
+WHOLE_NUMBERS = ("samples", "max_tokens", "context", "seed")
+NUMBERS = ("temperature", "rtol")
+ABSENT = ("prompts", "text", "samples", "rtol")  # options that may be None
 DEFAULT_STRINGS = 256  # when --samples is not given: enough strings for this many, at least one a prompt
 MINIMUM_STRINGS = 64  # --rtol never stops before
 CAP_STRINGS = 16384  # --rtol without --samples stops here at the latest
@@ -67,16 +70,16 @@ class Settings:
         _choice("divergence", self.divergence, DIVERGENCES)
         _choice("floor", self.floor, FLOORS)
         _choice("unit", self.unit, UNITS)
-        for name in ("samples", "max_tokens", "context"):
+        for name in ("samples", "max_tokens", "context", "batch_size"):
             value = getattr(self, name)
-            if name == "samples" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ValueError(
-                    f"expected a whole number of at least 1 for {name}, got {value!r}; give a positive number"
+                    f"expected a whole number of at least 1 for {name}, got {value}; give a positive number"
                 )
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"expected a non-negative whole number for seed, got {self.seed!r}")
+        if isinstance(self.batch_size, str) and self.batch_size != "auto":
+            raise ValueError(f"expected 'auto' or a whole number for batch_size, got {self.batch_size!r}; leave it out")
+        if self.seed < 0:
+            raise ValueError(f"expected a seed of at least 0, got {self.seed}; give a non-negative whole number")
         if not self.temperature > 0:
             raise ValueError(
                 f"expected a temperature above 0, got {self.temperature}; at 0 a model is a point mass and "
@@ -84,10 +87,6 @@ class Settings:
             )
         if self.rtol is not None and not 0 < self.rtol < 1:
             raise ValueError(f"expected rtol between 0 and 1, got {self.rtol}; 0.05 asks for ± 5 %")
-        if self.batch_size != "auto" and (
-            isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1
-        ):
-            raise ValueError(f"expected 'auto' or a whole number of at least 1 for batch_size, got {self.batch_size!r}")
         if self.text is not None and (self.prompts is not None or self.divergence != "kl" or self.rtol is not None):
             raise ValueError(
                 "expected --text alone: fixed text has no prompts, no samples of q and nothing to stop early; "
@@ -117,22 +116,31 @@ class Settings:
             raise ValueError(
                 f"expected the models 'p' and 'q' in the config, got no {' and no '.join(missing)}; add them"
             )
-        converted = dict(options)
-        for name, kind in (("temperature", float), ("rtol", float)):
-            value = converted.get(name)
-            if isinstance(value, int) and not isinstance(value, bool):
-                converted[name] = kind(value)
-            elif value is not None and not isinstance(value, float):
-                raise ValueError(f"expected a number for {name}, got {value!r}")
-        for name in ("p", "q", "prompts", "column", "text", "dtype", "device"):
-            value = converted.get(name)
-            if value is not None and not isinstance(value, str):
-                raise ValueError(f"expected text for {name}, got {value!r}; put quotes around it")
-        return cls(**converted)
+        return cls(**{name: _of_kind(name, value) for name, value in options.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain values, for config.yaml."""
         return asdict(self)
+
+
+def _of_kind(name: str, value: Any) -> Any:
+    """``value`` of option ``name`` if it is of the right kind; whole numbers stand for numbers too."""
+    if value is None and name in ABSENT:
+        return None
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if name in WHOLE_NUMBERS or (name == "batch_size" and not isinstance(value, str)):
+        kind, fits = "a whole number", whole
+    elif name in NUMBERS:
+        kind, fits = "a number", whole or isinstance(value, float)
+        value = float(value) if whole else value
+    elif name == "shared_only":
+        kind, fits = "true or false", isinstance(value, bool)
+    else:
+        kind, fits = "text", isinstance(value, str)
+    if not fits:
+        hint = "put quotes around it" if kind == "text" else f"write {kind}"
+        raise ValueError(f"expected {kind} for {name}, got {value!r}; {hint}")
+    return value
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -40,8 +40,8 @@ class Plan:
         seed: names the draws.
     """
 
-    contexts_p: Sequence[Int[Tensor, " c"]]
-    contexts_q: Sequence[Int[Tensor, " d"]]
+    contexts_p: Sequence[Int[Tensor, " _c"]]
+    contexts_q: Sequence[Int[Tensor, " _c"]]
     samples: int
     max_tokens: int
     seed: int
@@ -89,6 +89,7 @@ def run_strings(
     features: Float[Tensor, "v f"] | None = None,
     mixture: bool = False,
     rescore: bool | None = None,
+    floor: bool = True,
     enough: Callable[[TokenStatistics], bool] | None = None,
     folder: RunFolder | None = None,
     observe: Observer | None = None,
@@ -99,6 +100,7 @@ def run_strings(
         rescore: run ``p`` once more, teacher-forced in ``q``'s batch shapes, instead of reading out
             the trunk vectors of its sampling pass. By default only in half precision, where the
             difference between batch shapes is not negligible.
+        floor: measure the numerical floor on the first strings, which costs another pass of ``p`` over them.
         enough: called at growing numbers of strings; True stops the run.
         folder: where each batch is stored as soon as it is done.
     """
@@ -119,7 +121,7 @@ def run_strings(
                 break
             next_look = math.ceil(count * 1.25)
         try:
-            batch = one_batch(p, q, plan, count, size, features=features, mixture=mixture, rescore=rescore)
+            batch = one_batch(p, q, plan, count, size, features=features, mixture=mixture, rescore=rescore, floor=floor)
         except torch.OutOfMemoryError:
             # The strings do not depend on the batch size, so a smaller one continues the same run.
             if batch_size != "auto" or size == 1:
@@ -154,6 +156,7 @@ def one_batch(
     features: Float[Tensor, "v f"] | None,
     mixture: bool,
     rescore: bool,
+    floor: bool,
 ) -> Batch:
     """Draw the strings from number ``start`` on and reduce them to their statistics."""
     names = plan.slice(start, start + size)
@@ -171,11 +174,11 @@ def one_batch(
     hidden_p = p.encode(x) if rescore else draw.hidden
     hidden_q = hidden_p if q is p else q.encode(x.after([plan.contexts_q[i] for i in prompts]))
     shown = torch.arange(max(0, min(len(x), SHOWN_STRINGS - start)))
-    floor = torch.arange(max(0, min(len(x), FLOOR_STRINGS - start)))
+    checked = torch.arange(max(0, min(len(x), FLOOR_STRINGS - start)) if floor else 0)
     return Batch(
         collect(p, hidden_p, q, hidden_q, x, features=features, mixture=mixture),
         details(p, hidden_p, q, hidden_q, x, shown),
-        batch_floor(p, draw.hidden, x, floor),
+        batch_floor(p, draw.hidden, x, checked),
     )
 
 

@@ -59,6 +59,7 @@ def render(result: Mapping[str, Any], whole: Batch, texts: Mapping[int, str], sa
         figure_strings=strings_figure(parts["strings"]) if parts["strings"] else "",
         strings=strings,
         shades=SHADES,
+        shade_limit=shade_limit(whole),
         samples=[] if strings else samples[:20],
         data=embed({"top": [s["top"] for s in strings], "texts": {str(i): printable(t) for i, t in texts.items()}}),
     )
@@ -97,14 +98,9 @@ def heat_map(whole: Batch, texts: Mapping[int, str]) -> list[dict[str, Any]]:
         return []
     few = statistics.select(details.string)
     kl = few.rows.kl.double().numpy()
-    finite = kl[np.isfinite(kl) & (kl > 0)]
-    top = float(np.quantile(finite, SATURATED)) if len(finite) else 1.0
-    bottom = max(top * 1e-3, 1e-12)
-    span = math.log(top / bottom) if top > bottom else 1.0
-    shade = np.zeros(len(kl), dtype=int)
-    visible = kl > bottom
-    with np.errstate(divide="ignore"):
-        shade[visible] = np.clip(np.ceil(SHADES * np.log(kl[visible] / bottom) / span), 1, SHADES).astype(int)
+    top = shade_limit(whole)
+    # The square root: KL is quadratic in the difference of two laws, so this is linear in the difference.
+    shade = np.floor(SHADES * np.sqrt(np.minimum(kl / top, 1.0)) + 0.5).astype(int)
     ratio = few.log_ratio.double().numpy()
     found = []
     first = 0
@@ -137,6 +133,13 @@ def heat_map(whole: Batch, texts: Mapping[int, str]) -> list[dict[str, Any]]:
         )
         first += length
     return sorted(found, key=lambda s: -s["kl"])
+
+
+def shade_limit(whole: Batch) -> float:
+    """The per-token KL at which the colour scale ends: a quantile of the run, so that one outlier cannot bleach it."""
+    kl = whole.statistics.rows.kl.double().numpy()
+    finite = kl[np.isfinite(kl) & (kl > 0)]
+    return float(np.quantile(finite, SATURATED)) if len(finite) else 1.0
 
 
 def _pairs(tokens: torch.Tensor, logp: torch.Tensor) -> list[list[Any]]:
