@@ -120,7 +120,7 @@ def lost(d: Float[Tensor, "*b v"]) -> Bool[Tensor, "*b"]:
     return d.amin(-1) < FLOOR / 2
 
 
-def split(d: Float[Tensor, "*b v"]) -> tuple[Float[Tensor, "*b v"], Float[Tensor, "*b v"]]:
+def split(d: Float[Tensor, "*b"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
     """``d`` as ``near + far``, one of them 0 and the other ``d``, cut at ``NEAR``; ``d`` must be finite.
 
     Arithmetic on the two parts replaces selection by a mask, which costs many times as much on a CPU.
@@ -134,7 +134,7 @@ def split(d: Float[Tensor, "*b v"]) -> tuple[Float[Tensor, "*b v"], Float[Tensor
     return d - far, far
 
 
-def excess_series(d: Float[Tensor, "*b v"]) -> tuple[Float[Tensor, "*b v"], Float[Tensor, "*b v"]]:
+def excess_series(d: Float[Tensor, "*b"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
     """Even and odd part of ``exp(d) - 1 - d`` for ``|d| <= NEAR``, to full precision.
 
     Their sum belongs to ``KL(p‖q)`` and their difference to ``KL(q‖p)``.

@@ -75,6 +75,11 @@ class Sequences:
                 f"expected 1 <= start <= stop <= {width} for every string, got start from {int(self.start.min())} "
                 f"and stop up to {int(self.stop.max())}; every string needs at least one context token"
             )
+        if self.sampler_logp is not None and len(self.sampler_logp) != self.decisions:
+            raise ValueError(
+                f"expected one sampler log-probability for each of {self.decisions} decisions, "
+                f"got {len(self.sampler_logp)}; end tokens count, padding does not"
+            )
 
     @classmethod
     def pack(
@@ -98,6 +103,8 @@ class Sequences:
             ([[5, 1, 2, 0]], [3])
         """
         n = len(contexts)
+        if len(completions) != n:
+            raise ValueError(f"expected one completion for each of {n} contexts, got {len(completions)}")
         start = torch.tensor([len(c) for c in contexts], dtype=torch.long)
         stop = start + torch.tensor([len(c) for c in completions], dtype=torch.long)
         tokens = torch.zeros(n, int(stop.max()) if n else 0, dtype=torch.long)
@@ -163,7 +170,7 @@ class Sequences:
         stop = self.stop[keep]
         logp = None
         if self.sampler_logp is not None:
-            parts = self.sampler_logp.split(self.lengths.tolist())
+            parts = torch.split(self.sampler_logp, self.lengths.tolist())
             logp = torch.cat([parts[i] for i in keep.tolist()]) if len(keep) else self.sampler_logp[:0]
         return Sequences(
             tokens=self.tokens[keep, : int(stop.max()) if len(keep) else 0],

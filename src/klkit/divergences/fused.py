@@ -38,8 +38,8 @@ class RowStatistics:
         end_kl: the part of ``kl`` due to ending or not: KL between the two coin flips.
         top_p: ``p``'s most probable token.
         top_q: ``q``'s most probable token.
-        lost: ``p``-mass on tokens that ``q`` excludes; it may underflow to 0 where ``kl`` is infinite.
-        excluded: the most probable such token, or −1; never −1 where ``kl`` is infinite.
+        lost: ``p``-mass on tokens that ``q`` excludes; above 0 exactly when ``kl`` is infinite.
+        excluded: the most probable such token, or −1.
     """
 
     logp: Float[Tensor, " m"]
@@ -63,11 +63,6 @@ class RowStatistics:
     def same_top(self) -> Bool[Tensor, " m"]:
         """Whether both models agree on the most probable token."""
         return self.top_p == self.top_q
-
-    @property
-    def infinite(self) -> Bool[Tensor, " m"]:
-        """Whether ``q`` excludes a token that ``p`` allows, however improbable."""
-        return self.excluded >= 0
 
 
 @torch.no_grad()
@@ -179,7 +174,9 @@ def _excluded(
     rows = infinite.nonzero()[:, 0]
     if len(rows):
         gone = a[rows].masked_fill(b[rows] > FLOOR / 2, -torch.inf)
-        mass[rows], token[rows] = gone.exp().sum(-1), gone.argmax(-1)
+        # A mass too small for its format is still not 0: the divergence is infinite.
+        mass[rows] = gone.exp().sum(-1).clamp(min=torch.finfo(mass.dtype).tiny)
+        token[rows] = gone.argmax(-1)
     return mass, token
 
 

@@ -18,8 +18,6 @@ class _NonNegativeKL(torch.autograd.Function):
     Its derivatives are ``p (log p - log q)`` and ``q - p``.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(logp: Tensor, logq: Tensor) -> Tensor:
         a, b = floored(logp), floored(logq)
