@@ -28,7 +28,7 @@ def test_round_trip_through_yaml():
         ({"seed": 1.5}, "whole number"),
         ({"method": "k1"}, "rb_cv"),
         ({"divergence": "kld"}, "reverse_kl"),
-        ({"batch_size": 0}, "auto"),
+        ({"batch_size": 0}, "at least 1"),
         ({"batch_size": "large"}, "auto"),
         ({"prompts": 3}, "quotes"),
         ({"text": "a.txt", "prompts": "b.txt"}, "--text alone"),

@@ -205,11 +205,11 @@ def test_interruption_says_how_to_go_on(capsys, monkeypatch):
         self.last = state
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Watcher, "observe", interrupt)
-    code, _, err = run(capsys, "estimate", *PAIR, *SMALL, "--batch-size", "16", "--out", "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(Watcher, "observe", interrupt)
+        code, _, err = run(capsys, "estimate", *PAIR, *SMALL, "--batch-size", "16", "--out", "run")
     assert code == 130
     assert "16 strings are kept" in err
-    monkeypatch.undo()
     command = next(line for line in err.splitlines() if "--resume" in line).split()
     code, _, err = run(capsys, *command[1:])
     assert code == 0, err

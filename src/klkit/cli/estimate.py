@@ -224,7 +224,7 @@ def carry_out(settings: Any, out: Path | None, json_path: str | None, resume: bo
     from klkit.cli.show import show_result
 
     quiet = json_path == "-"
-    with Watcher(settings.unit, stream=sys.stderr) as watcher:
+    with Watcher(settings.unit) as watcher:
         try:
             from klkit.api.run import run
 

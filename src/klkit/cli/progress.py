@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from klkit.api.strings import Progress
@@ -14,17 +15,17 @@ NATS_PER_BIT = 0.6931471805599453
 
 
 class Watcher:
-    """Prints progress to a stream; usable as a context manager.
+    """Prints progress to standard error; usable as a context manager.
 
     Attributes:
         last: the latest state seen, or None.
     """
 
-    def __init__(self, unit: str, stream: TextIO) -> None:
+    def __init__(self, unit: str) -> None:
         self.last: Progress | None = None
         self._unit = unit
-        self._stream = stream
-        self._live = stream.isatty()
+        self._stream = sys.stderr
+        self._live = sys.stderr.isatty()
         self._width = 0
         self._printed = float("-inf")
 

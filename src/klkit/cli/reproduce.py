@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +31,7 @@ def reproduce_command(
 
     if what not in WHAT:
         raise ValueError(f"expected what to reproduce to be one of {', '.join(WHAT)}, got {what!r}")
-    with Watcher("nats", stream=sys.stderr) as watcher:
+    with Watcher("nats") as watcher:
         table = reproduce_estimators(
             p,
             q,
