@@ -13,7 +13,7 @@ from klkit.estimators.exact import exact
 from klkit.estimators.monte_carlo import monte_carlo
 from klkit.estimators.rao_blackwell import prefix_sums, rao_blackwell
 from klkit.estimators.statistics import score
-from klkit.models.wrap import restrict
+from klkit.models.automaton import automaton
 from klkit.sampling.ancestral import sample
 
 PAIRS = [(problem.p, problem.q, 6) for problem in (bank.A, bank.B, bank.C1, bank.C4, *bank.MEMORYLESS)]
@@ -58,10 +58,17 @@ def test_strings_of_another_law_need_the_weight_of_the_prefix_only(seed):
 
 
 def test_what_only_the_other_law_writes_does_not_make_it_infinite():
-    mu, p = bank.random_pair(0)[0], restrict(bank.random_pair(1)[0], [0, 2])
-    q = restrict(bank.random_pair(1)[1], [0, 2])
+    mu, p, q = (
+        automaton(torch.tensor(rows, dtype=torch.float64), torch.tensor([[0, 1], [0, 1]]))
+        for rows in (
+            [[0.4, 0.2, 0.4], [0.3, 0.3, 0.4]],
+            [[0.5, 0.0, 0.5], [0.2, 0.3, 0.5]],  # p never writes the second symbol, after which ...
+            [[0.2, 0.3, 0.5], [0.5, 0.0, 0.5]],  # ... q would exclude what p allows
+        )
+    )
     law = strings(mu, 4)
     statistics = score(p, q, replace(law.x, sampler_logp=score(mu, mu, law.x).rows.logp))
+    assert bool((statistics.rows.kl == torch.inf).any())
     assert law.mean(fold(rao_blackwell, statistics)) == pytest.approx(exact(p, q, max_tokens=4).value, abs=1e-10)
     assert summarise("rb", statistics).infinite == 0
 

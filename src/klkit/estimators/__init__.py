@@ -78,7 +78,7 @@ def summarise(
         contributions = statistics.per_string(statistics.rows.kl).numpy()
         weights = x.lengths.double().numpy()
     else:
-        infinite &= statistics.prefix_weight() > 0  # a prefix that p never writes makes nothing infinite
+        infinite = infinite & (statistics.prefix_weight() > 0)  # a prefix that p never writes makes nothing infinite
         contributions = ESTIMATORS[method](statistics)
         weights = np.ones(len(x)) if estimand == "S" else prefix_sums(statistics, torch.ones(x.decisions))
     return Estimate(

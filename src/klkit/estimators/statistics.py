@@ -58,6 +58,8 @@ class TokenStatistics:
 
     def prefix_weight(self) -> Float[Tensor, " m"]:
         """``Π_{i<n} p(y_i)/μ(y_i)``: a function of the prefix times this has ``p``'s mean over strings of ``μ``."""
+        if self.x.sampler_logp is None:
+            return torch.ones(len(self.rows.logp), dtype=torch.float64)
         return self.before(self.importance_ratio()).exp()
 
     def token_weight(self) -> Float[Tensor, " m"]:
@@ -161,7 +163,7 @@ def weighted(weight: Float[Tensor, " b"], value: Float[Tensor, " b"]) -> Float[T
     return torch.where(weight == 0, 0.0, weight * value)
 
 
-def folds(cluster: Int[Tensor, " n"], count: int = 5) -> Int[Tensor, " n"]:
+def folds(cluster: Int[Tensor, " n"], count: int) -> Int[Tensor, " n"]:
     """A fold in ``0..count−1`` for each string; strings of one cluster share theirs.
 
     A coefficient fitted on the other folds is independent of the strings it is applied to, which is
