@@ -131,5 +131,10 @@ def test_strings_of_another_law_are_weighted():
     law = strings(mu, 4)
     x = replace(law.x, sampler_logp=score(mu, mu, law.x).rows.logp)
     statistics = score(p, q, x, mixture=True)
-    values = torch.from_numpy(prefix_sums(statistics, statistics.mixture))
-    assert law.mean(values) == pytest.approx(exact_half(p, q, 4), abs=1e-10)
+    for estimand in ("S", "R"):  # with equal halves a contribution is that of the string itself
+        estimate = jensen_shannon(statistics, statistics, estimand=estimand)
+        assert law.mean(torch.from_numpy(estimate.contributions[: len(x)])) == pytest.approx(
+            exact_half(p, q, 4), abs=1e-10
+        )
+    lengths = torch.from_numpy(estimate.weights[: len(x)])
+    assert law.mean(lengths) == pytest.approx(exact(p, q, max_tokens=4).decisions, abs=1e-10)
