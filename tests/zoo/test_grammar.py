@@ -99,7 +99,8 @@ def test_reward_adds_up_over_phrases() -> None:
 def test_reward_of_any_text() -> None:
     assert grammar.reward("") == 0.0
     assert grammar.reward("a sonnet about nothing") == 0.0
-    assert grammar.reward("not great , never dull") == 0.0
+    assert grammar.reward("not great") == -1.0
+    assert grammar.reward("never dreadful , never dull") == 3.0
     assert grammar.reward("never") == 0.0
 
 

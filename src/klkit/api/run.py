@@ -111,7 +111,7 @@ def measure(
     observe: Observer | None = None,
 ) -> Comparison:
     """Compare two loaded models as ``settings`` say, on ``prompts`` or on the fixed text ``documents``."""
-    pair = prepare(p, q, settings)
+    pair = prepare(p, q, settings, prompts)
     env = environment(settings, pair)
     folder = RunFolder.create(out, settings.to_dict(), env, resume=resume) if out is not None else None
     if documents is not None:
@@ -127,14 +127,16 @@ def measure(
     return result
 
 
-def prepare(p: LanguageModel, q: LanguageModel, settings: Settings) -> Pair:
+def prepare(p: LanguageModel, q: LanguageModel, settings: Settings, prompts: Prompts | None = None) -> Pair:
     """Align the vocabularies, and put the temperature on both models."""
     same = p is q
+    # A transformed model has no notes of its own, so they are read off before anything is wrapped.
+    loading = [f"{m.name}: {note}" for m in ((p,) if same else (p, q)) for note in getattr(m, "notes", ())]
     if same:
         notes: tuple[str, ...] = ("p and q are one and the same model: the divergence is 0 by definition",)
     else:
-        p, q, notes = align(p, q, shared_only=settings.shared_only)
-    notes = (*notes, *(f"{m.name}: {note}" for m in ((p,) if same else (p, q)) for note in getattr(m, "notes", ())))
+        p, q, notes = align(p, q, prompts, shared_only=settings.shared_only)
+    notes = (*notes, *loading)
     if settings.temperature != 1.0:
         p = temperature(p, settings.temperature)
         q = p if same else temperature(q, settings.temperature)

@@ -55,7 +55,7 @@ def estimate_command(
     column: Annotated[
         str | None,
         typer.Option(
-            help="Field that holds the prompts (or the text). [default: prompt, or text]", rich_help_panel=WHAT
+            help="Field that holds the prompts (or the text). \\[default: prompt, or text]", rich_help_panel=WHAT
         ),
     ] = None,
     text: Annotated[
@@ -64,21 +64,23 @@ def estimate_command(
     context: Annotated[
         int | None,
         typer.Option(
-            help="Window for long documents of --text; second halves are scored. [default: 512]", rich_help_panel=WHAT
+            help="Window for long documents of --text; second halves are scored. \\[default: 512]", rich_help_panel=WHAT
         ),
     ] = None,
     divergence: Annotated[
         str | None,
-        typer.Option(help="kl, reverse_kl, js or jeffreys, each properly sampled. [default: kl]", rich_help_panel=WHAT),
+        typer.Option(
+            help="kl, reverse_kl, js or jeffreys, each properly sampled. \\[default: kl]", rich_help_panel=WHAT
+        ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(help="Strings per prompt. [default: enough for 256 in all]", rich_help_panel=WHAT)
+        int | None, typer.Option(help="Strings per prompt. \\[default: enough for 256 in all]", rich_help_panel=WHAT)
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Longest response. [default: 128]", rich_help_panel=WHAT)
+        int | None, typer.Option(help="Longest response. \\[default: 128]", rich_help_panel=WHAT)
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="Softmax temperature of both models. [default: 1]", rich_help_panel=WHAT)
+        float | None, typer.Option(help="Softmax temperature of both models. \\[default: 1]", rich_help_panel=WHAT)
     ] = None,
     shared_only: Annotated[
         bool | None,
@@ -89,7 +91,7 @@ def estimate_command(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Headline estimator: rb_cv, rb, mc, k3_string, cv_string, k3_token, ht. [default: rb_cv]",
+            help="Headline estimator: rb_cv, rb, mc, k3_string, cv_string, k3_token, ht. \\[default: rb_cv]",
             rich_help_panel=HOW,
         ),
     ] = None,
@@ -97,31 +99,33 @@ def estimate_command(
         float | None,
         typer.Option(help="Stop when the 95 % interval is within this share of the estimate.", rich_help_panel=HOW),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Names every random draw. [default: 0]", rich_help_panel=HOW)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Names every random draw. \\[default: 0]", rich_help_panel=HOW)
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Precision of both models: auto, float32, bfloat16, float16. [default: auto]", rich_help_panel=HOW
+            help="Precision of both models: auto, float32, bfloat16, float16. \\[default: auto]", rich_help_panel=HOW
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, mps or auto. [default: auto]", rich_help_panel=HOW)
+        str | None, typer.Option(help="cpu, cuda, mps or auto. \\[default: auto]", rich_help_panel=HOW)
     ] = None,
     batch_size: Annotated[
         str | None,
-        typer.Option(help="Strings a batch, or auto; changes no result. [default: auto]", rich_help_panel=HOW),
+        typer.Option(help="Strings a batch, or auto; changes no result. \\[default: auto]", rich_help_panel=HOW),
     ] = None,
     floor: Annotated[
         str | None,
         typer.Option(
-            help="Numerical floor: batch (p against itself), dtype (against fp32), none. [default: batch]",
+            help="Numerical floor: batch (p against itself), dtype (against fp32), none. \\[default: batch]",
             rich_help_panel=HOW,
         ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file of these options; flags win over it.", rich_help_panel=HOW)
     ] = None,
-    unit: Annotated[str | None, typer.Option(help="nats or bits. [default: nats]", rich_help_panel=WHERE)] = None,
+    unit: Annotated[str | None, typer.Option(help="nats or bits. \\[default: nats]", rich_help_panel=WHERE)] = None,
     json: Annotated[
         str | None,
         typer.Option(
@@ -129,7 +133,7 @@ def estimate_command(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Run folder. [default: klkit-runs/<time>-<p>-<q>]", rich_help_panel=WHERE)
+        Path | None, typer.Option(help="Run folder. \\[default: klkit-runs/<time>-<p>-<q>]", rich_help_panel=WHERE)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.", rich_help_panel=WHERE)] = False,
 ) -> None:
@@ -163,7 +167,7 @@ def run_command(
     json: Annotated[
         str | None, typer.Option("--json", help="Also write the result as JSON to PATH, or - for standard output.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder. [default: a new one]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. \\[default: a new one]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
 ) -> None:
     """Repeat a run from its config.yaml, to the last digit."""
@@ -173,7 +177,7 @@ def run_command(
 
 
 def demo_command(
-    out: Annotated[Path | None, typer.Option(help="Run folder. [default: a new one]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. \\[default: a new one]")] = None,
     json: Annotated[
         str | None, typer.Option("--json", help="Also write the result as JSON to PATH, or - for standard output.")
     ] = None,

@@ -32,7 +32,7 @@ def report_command(
 @zoo_app.command("build")
 def build_command(
     out: Annotated[Path, typer.Argument(help="Folder for the checkpoints.", show_default=False)],
-    name: Annotated[list[str] | None, typer.Option(help="Only this model (repeatable). [default: all]")] = None,
+    name: Annotated[list[str] | None, typer.Option(help="Only this model (repeatable). \\[default: all]")] = None,
     seed: Annotated[int, typer.Option(help="Seed of corpora, initial weights and batches.")] = 0,
 ) -> None:
     """Train the packaged checkpoints again, from seeds (some minutes on one core)."""

@@ -63,8 +63,8 @@ class Workshop:
 def build(out: str | Path, names: Iterable[str] | None = None, *, seed: int = 0, effort: float = 1.0) -> list[Path]:
     """Train the named checkpoints, and the bases they need, into folders of ``out``; all by default.
 
-    The same seed gives the same weights on the same machine. With one thread the whole takes about
-    ten minutes; ``effort`` shortens the training in proportion (for a trial run).
+    The same seed gives the same files on the same machine with as many threads. With one thread the
+    whole takes less than ten minutes; ``effort`` shortens the training in proportion (a trial run).
 
     Returns:
         The folders, in the order of the catalogue.
@@ -72,6 +72,8 @@ def build(out: str | Path, names: Iterable[str] | None = None, *, seed: int = 0,
     Raises:
         ValueError: a name is not in the catalogue.
     """
+    from klkit.models.checkpoints import quiet
+
     wanted = set(CATALOGUE if names is None else names)
     if not wanted <= set(CATALOGUE):
         raise ValueError(
@@ -84,7 +86,8 @@ def build(out: str | Path, names: Iterable[str] | None = None, *, seed: int = 0,
         if name in wanted:
             folder = shop.out / name
             folder.mkdir(parents=True, exist_ok=True)
-            how = RECIPES[name](shop, folder)
+            with quiet():
+                how = RECIPES[name](shop, folder)
             (folder / "README.md").write_text(card(name, how, seed), encoding="utf-8")
             folders.append(folder)
     return folders
@@ -97,7 +100,7 @@ def reviews(shop: Workshop, folder: Path) -> str:
     requests += ["user:\n", "assistant:\n"] * 100
     tokenizer = bpe.train([*texts[:20_000], *requests], 512, window=WINDOW["reviews"], chat_template=CHAT_TEMPLATE)
     model = fresh(len(tokenizer), width=64, layers=2, window=WINDOW["reviews"], seed=shop.seed)
-    train(model, _chats(tokenizer, texts), steps=shop.steps(3000), rate=6e-3, seed=shop.seed, decay=0.01)
+    train(model, _chats(tokenizer, texts), steps=shop.steps(1500), rate=6e-3, seed=shop.seed, decay=0.01)
     _save(model, tokenizer, folder)
     return f"Trained on {len(texts):,} strings of klkit's film-review grammar, a fifth of them as answers to a request."
 
@@ -124,7 +127,8 @@ def docs(shop: Workshop, folder: Path) -> str:
     held = mean_loss(model, _documents(tokenizer, [*_prose("reference")[1], *_prose("docstrings")[1]]))
     return (
         "Trained on paragraphs of Python's language reference (`pydoc_data.topics`) and of the standard library's "
-        f"docstrings, {sum(map(len, texts)):,} characters; {held:.2f} nats per token on paragraphs left out."
+        f"docstrings, {sum(map(len, texts)):,} characters; {held:.2f} nats per token on paragraphs left out. "
+        "The text is the Python Software Foundation's, under its licence."
     )
 
 
