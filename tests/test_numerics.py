@@ -113,6 +113,11 @@ def test_divergence_terms_are_non_negative_and_sum_to_the_divergence(dtype):
     torch.testing.assert_close(terms.sum(-1).double(), (a.exp() * (a - b)).sum(-1), rtol=1e-5, atol=0)
 
 
+def test_terms_are_not_negative_where_both_probabilities_lose_their_digits():
+    p = torch.full((1,), 1e-45)  # the smallest number there is: p * 0.9 rounds to p
+    assert divergence_terms(p, p, torch.full((1,), 0.9)).tolist() == [0.0]
+
+
 def test_the_floor_makes_no_nan():
     a, b = (floored(torch.tensor(x)) for x in ([0.0, -torch.inf, -torch.inf], [-torch.inf, 0.0, -torch.inf]))
     d = b - a

@@ -147,6 +147,13 @@ def test_the_end_divergence_keeps_its_digits_where_ending_is_almost_certain(rest
     torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=0)
 
 
+def test_the_end_divergence_where_going_on_underflows():
+    zp, zq = torch.zeros(1, 4), torch.tensor([[0.0, -200.0, -201.0, -202.0]])
+    got = row_statistics(log_softmax(zp), log_softmax(zq), torch.tensor([0]), (0,)).end_kl
+    expected = 0.25 * math.log(0.25) + 0.75 * (math.log(0.75) + 200 - math.log1p(math.exp(-1) + math.exp(-2)))
+    assert float(got) == pytest.approx(expected, rel=1e-6)
+
+
 def test_half_precision_is_widened_and_inputs_are_left_alone():
     zp, zq = cases()
     logp, logq = zp.log_softmax(-1).half(), zq.log_softmax(-1).half()
