@@ -70,8 +70,8 @@ def test_kl_equals_that_of_the_automata() -> None:
 
 
 def test_samples_agree_with_the_closed_forms() -> None:
-    texts = grammar.sample(POSITIVE, 4000, seed=3)
-    assert len(set(texts)) > 3000
+    texts = grammar.sample(POSITIVE, 1500, seed=3)
+    assert len(set(texts)) > 1200
     assert {len(text.split()) for text in texts} <= set(range(8, 41))
     logp = np.array([grammar.log_probability(POSITIVE, text) for text in texts])
     ratio = logp - np.array([grammar.log_probability(REVIEWS, text) for text in texts])
@@ -87,7 +87,7 @@ def test_samples_agree_with_the_closed_forms() -> None:
 def test_reward_adds_up_over_phrases() -> None:
     for choices in REVIEWS.states.values():
         assert all(valence(f"never {c.text}") == valence(c.text) for c in choices if c.text.split()[:1] == ["the"])
-    for text in grammar.sample(REVIEWS, 200, seed=5):
+    for text in grammar.sample(REVIEWS, 50, seed=5):
         # The log-ratio of a tilt is strength · reward − log Z exactly if rewards of phrases add up.
         ratio = grammar.log_probability(POSITIVE, text) - grammar.log_probability(REVIEWS, text)
         strength = grammar.POSITIVE_STRENGTH
