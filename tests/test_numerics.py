@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from klkit.numerics import (
     FLOOR,
     NEAR,
+    by_rows,
     divergence_terms,
     excess,
     excess_series,
@@ -162,3 +163,14 @@ def test_chunks_fit_the_budget(width, size):
     rows = rows_per_chunk(width, bytes_per_value=size)
     assert rows >= 1
     assert rows == 1 or rows * width * size <= 2 << 20
+
+
+@pytest.mark.parametrize("shape", [(5,), (0, 5), (1, 5), (3, 4, 5), (7, 300_000)])
+def test_work_by_rows_is_work_on_the_whole(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    y = torch.randn(*shape[:-1], 1, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(by_rows(lambda a, b: a * b, x, y), x * y)
+    assert torch.equal(by_rows(lambda a, b: (a * b).amax(-1), x, y), (x * y).amax(-1))
+    sizes = []
+    by_rows(lambda a: sizes.append(a.numel() * 4) or a.sum(-1), x)
+    assert max(sizes) <= 2 << 20

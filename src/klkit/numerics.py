@@ -7,6 +7,8 @@ makes the divergence infinite.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -85,21 +87,26 @@ def paired(logp: Float[Tensor, ...], logq: Float[Tensor, ...]) -> tuple[Float[Te
         )
     dtype = torch.promote_types(widen(logp).dtype, widen(logq).dtype)
     logp, logq = logp.to(dtype), logq.to(dtype)
-    require_mass(logp.detach().exp().sum(-1), "p")
-    require_mass(logq.detach().exp().sum(-1), "q")
+    require_mass(by_rows(mass, logp.detach()), "p")
+    require_mass(by_rows(mass, logq.detach()), "q")
     return logp, logq
 
 
-def require_mass(mass: Float[Tensor, "*b"], name: str) -> None:
+def mass(logp: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
+    """``Σ p`` over the last axis."""
+    return logp.exp().sum(-1)
+
+
+def require_mass(total: Float[Tensor, "*b"], name: str) -> None:
     """Refuse rows whose probabilities do not sum to one; NaN does not either.
 
     Raises:
         ValueError: a sum is further than ``MASS_TOLERANCE`` from 1.
     """
-    wrong = ~((mass - 1).abs() <= MASS_TOLERANCE)
+    wrong = ~((total - 1).abs() <= MASS_TOLERANCE)
     if bool(wrong.any()):
         raise ValueError(
-            f"expected log-probabilities whose exponentials sum to 1 in each row, got {float(mass[wrong][0]):.6g} "
+            f"expected log-probabilities whose exponentials sum to 1 in each row, got {float(total[wrong][0]):.6g} "
             f"in a row of {name} ({int(wrong.sum())} such rows of {wrong.numel()}); "
             f"pass klkit.numerics.log_softmax(logits), not logits or probabilities"
         )
@@ -204,3 +211,20 @@ def rows_per_chunk(width: int, *, bytes_per_value: int = 4, budget: int = 2 << 2
         10
     """
     return max(1, budget // (width * bytes_per_value))
+
+
+def by_rows(function: Callable[..., Tensor], first: Float[Tensor, "*b v"], *others: Float[Tensor, "*b _"]) -> Tensor:
+    """``function`` of the same rows of each tensor, one chunk after another, put together again.
+
+    Large tensors never have a temporary of their own size, and on a CPU the temporaries stay in cache.
+
+    Example:
+        >>> import torch
+        >>> by_rows(lambda x: x.sum(-1), torch.ones(2, 3, 4)).shape
+        torch.Size([2, 3])
+    """
+    budget = 2 << 20 if first.device.type == "cpu" else 256 << 20
+    rows = rows_per_chunk(first.shape[-1], bytes_per_value=first.element_size(), budget=budget)
+    chunks = [torch.split(x.reshape(-1, x.shape[-1]), rows) for x in (first, *others)]
+    whole = torch.cat([function(*chunk) for chunk in zip(*chunks, strict=True)])
+    return whole.reshape((*first.shape[:-1], *whole.shape[1:]))

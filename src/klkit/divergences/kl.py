@@ -9,32 +9,44 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from klkit.numerics import divergence_terms, floored, lost, paired, require_mass, widen
+from klkit.numerics import by_rows, divergence_terms, floored, lost, mass, paired, require_mass, widen
 
 
 class _NonNegativeKL(torch.autograd.Function):
-    """``Σ (q - p - p (log q - log p))``, keeping nothing for its backward pass but its two arguments.
-
-    Its derivatives are ``p (log p - log q)`` and ``q - p``.
-    """
+    """``Σ (q - p - p (log q - log p))``, keeping nothing for its backward pass but its two arguments."""
 
     @staticmethod
     def forward(logp: Tensor, logq: Tensor) -> Tensor:
-        a, b = floored(logp), floored(logq)
-        d = b - a
-        return divergence_terms(a.exp(), b.exp(), d).sum(-1).masked_fill(lost(d), torch.inf)
+        return by_rows(_value, logp, logq)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        logp, logq = ctx.saved_tensors
-        a, b = floored(logp), floored(logq)
-        p, q, d = a.exp(), b.exp(), b - a
-        grad = grad.masked_fill(lost(d), 0.0).unsqueeze(-1)
-        return -grad * p * d, grad * (q - p)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        inputs = (*ctx.saved_tensors, grad.unsqueeze(-1))
+        slopes = (_slope_p, _slope_q)
+        in_p, in_q = (by_rows(f, *inputs) if n else None for f, n in zip(slopes, ctx.needs_input_grad, strict=True))
+        return in_p, in_q
+
+
+def _value(logp: Tensor, logq: Tensor) -> Tensor:
+    a, b = floored(logp), floored(logq)
+    d = b - a
+    return divergence_terms(a.exp(), b.exp(), d).sum(-1).masked_fill(lost(d), torch.inf)
+
+
+def _slope_p(logp: Tensor, logq: Tensor, grad: Tensor) -> Tensor:
+    """``p (log p - log q)``, times ``grad``; 0 in infinite rows."""
+    d = floored(logq) - floored(logp)
+    return -grad.masked_fill(lost(d).unsqueeze(-1), 0.0) * logp.exp() * d
+
+
+def _slope_q(logp: Tensor, logq: Tensor, grad: Tensor) -> Tensor:
+    """``q - p``, times ``grad``; 0 in infinite rows."""
+    d = floored(logq) - floored(logp)
+    return grad.masked_fill(lost(d).unsqueeze(-1), 0.0) * (logq.exp() - logp.exp())
 
 
 def nonnegative_kl(logp: Float[Tensor, "*b v"], logq: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
@@ -121,7 +133,7 @@ def entropy(logp: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
     Source: C. Shannon, 1948.
     """
     logp = widen(logp)
-    require_mass(logp.detach().exp().sum(-1), "p")
+    require_mass(by_rows(mass, logp.detach()), "p")
     return -(logp.exp() * floored(logp)).sum(-1)
 
 
