@@ -197,7 +197,7 @@ def say(headline: Estimate, models: str, source: str) -> str:
     value = headline.in_unit(headline.value)
     interval = headline.interval()
     if math.isnan(interval.lower):
-        width = f"no interval ({interval.method})"
+        width = interval_text(math.nan, math.nan, interval.method)
     else:
         lower, upper = headline.in_unit(interval.lower), headline.in_unit(interval.upper)
         method = f"({interval.method}, {headline.clusters} clusters)"
@@ -286,9 +286,16 @@ def text_rows(statistics: TokenStatistics, headline: Estimate) -> list[dict[str,
     )
     for row in rows:
         row["text"] = (
-            f"{float(row['value']):.4g}   {float(row['lower']):.4g} to {float(row['upper']):.4g} ({row['method']})"
+            f"{float(row['value']):.4g}   {interval_text(float(row['lower']), float(row['upper']), row['method'])}"
         )
     return rows
+
+
+def interval_text(lower: float, upper: float, method: str) -> str:
+    """An interval and its method in words, or why there is none."""
+    if math.isnan(lower):
+        return f"no interval ({method.removeprefix('none (').removesuffix(')')})"
+    return f"{lower:.4g} to {upper:.4g} ({method})"
 
 
 def both_audits(one: Audit, two: Audit) -> dict[str, Any]:

@@ -52,19 +52,23 @@ def show_result(comparison: Comparison, folder: Path | None, console: Console | 
     console.print(escape(result["sentence"]), style="bold" if result["audit"]["passed"] else "bold red")
     console.print()
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for name, justify in (("estimator", "left"), ("per", "left"), (head["unit"], "right"), ("±", "right"),
-                          (f"{head['ci']['level']:.0%} interval", "left"), ("var/MC", "right")):  # fmt: skip
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    ratios = result["variance_ratio_vs_mc"]
+    table.add_column("estimator")
+    table.add_column("per")
+    table.add_column(head["unit"], justify="right")
+    table.add_column("±", justify="right")
+    table.add_column(f"{head['ci']['level']:.0%} interval")
+    table.add_column("var/MC" if ratios else "", justify="right")
     for row in result["estimates"]:
         chosen = (row["method"], row["estimand"]) == (head["method"], head["estimand"])
-        ratio = result["variance_ratio_vs_mc"].get(row["method"]) if row["estimand"] == "S" else None
+        lower, upper = number(row["ci"]["lower"]), number(row["ci"]["upper"])
         table.add_row(
             LABELS.get(row["method"], row["method"]),
             {"S": "response", "R": "token", "F": "token"}[row["estimand"]],
             number(row["value"]),
             number(row["stderr"]),
-            f"{number(row['ci']['lower'])} to {number(row['ci']['upper'])}",
-            "" if ratio is None else number(ratio),
+            "none" if lower == "–" else f"{lower} to {upper}",
+            number(ratios[row["method"]]) if row["estimand"] == "S" and row["method"] in ratios else "",
             style="bold" if chosen else "",
         )
     console.print(table)
