@@ -85,8 +85,9 @@ def should_stop(
     Never before ``minimum`` clusters: small samples of skewed sums look too certain. An infinite estimate
     stops too, since no further string can change it.
 
-    Stopping on the width (unlike stopping on a comparison) costs little coverage; skew does. Measured for
-    looks every 16 clusters at ``rtol=0.1``, see ``docs/coverage.md``.
+    Stopping on the width (unlike stopping on a comparison) costs little coverage; skew does. Looking every 16
+    clusters at ``rtol=0.1``, 95 % intervals covered 93.9 % for exponential values and 93.6, 92.9 and 91.6 % for
+    lognormals of log-sd 0.5, 1 and 1.5, over 1000 replications each (``benchmarks/coverage.py``).
 
     Source: Y. S. Chow and H. Robbins, On the asymptotic theory of fixed-width sequential confidence
     intervals for the mean, Annals of Mathematical Statistics 36 (1965).
