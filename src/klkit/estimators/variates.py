@@ -1,0 +1,178 @@
+"""Martingale control variates: what the tokens that were drawn say beyond what the prefix had already said.
+
+An *innovation* is a function of the drawn token minus its mean under ``p`` given the prefix, and so has mean zero
+whatever the prefix was. Multiplied by any function of the prefix it still has; a sum of such products can be
+subtracted from any estimate without moving its mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from klkit.estimators.statistics import TokenStatistics
+
+Array = NDArray[np.float64]
+
+
+def token_features(embedding: Float[Tensor, "v e"], count: int = 16) -> Float[Tensor, "v f"]:
+    """First ``min(count, rank)`` principal components ``(W − W̄) V_k`` of a token embedding, scaled to unit variance.
+
+    The signs of the components are fixed, so that equal embeddings give equal features.
+
+    Args:
+        embedding: one vector a token.
+        count: components wanted.
+
+    Shapes: ``(v, e)`` to ``(v, f)``, single precision.
+
+    Example:
+        >>> import torch
+        >>> token_features(torch.eye(5), 3).shape
+        torch.Size([5, 3])
+    """
+    table = embedding.detach().double().cpu()
+    table = table - table.mean(0)
+    variance, axes = torch.linalg.eigh(table.T @ table / len(table))
+    order = variance.argsort(descending=True)[:count]
+    order = order[variance[order] > 1e-10 * variance.max().clamp(min=1e-300)]
+    axes = axes[:, order]
+    largest = axes.abs().argmax(0)
+    axes = axes * axes[largest, torch.arange(len(order))].sign()
+    scores: Tensor = table @ axes / variance[order].sqrt()
+    return scores.float()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Variates:
+    """Products of innovations and prefix functions, one row a decision, all in double precision.
+
+    With ``B_n = (1, n)`` for the ``n``-th decision of a string, counted from 1, and ``e_n = p(end|prefix)``:
+
+    Attributes:
+        end: ``(1[y_n ≠ end] − (1 − e_n)) B_n``, ``(m, b)``.
+        other: each of the other innovations times ``B_n``, ``(m, k)``.
+        going_on: ``1[y_n ≠ end] B_n``, of which ``end`` is the innovation, ``(m, b)``.
+        end_p: ``e_n``, ``(m,)``.
+        variance: of the first innovations given the prefix, where statistics tell it: not ending, log-ratio,
+            surprisal, ``(m, 3)``.
+        basis: ``B_n``, ``(m, b)``.
+    """
+
+    end: Float[Tensor, "m b"]
+    other: Float[Tensor, "m k"]
+    going_on: Float[Tensor, "m b"]
+    end_p: Float[Tensor, " m"]
+    variance: Float[Tensor, "m 3"]
+    basis: Float[Tensor, "m b"]
+
+
+def variates(statistics: TokenStatistics) -> Variates:
+    """Innovations ``f(y_n) − Σ_a p(a|prefix) f(a)``, each times 1 and times the position.
+
+    The functions ``f`` are: not ending; the log-ratio ``log p − log q``; the surprisal ``−log p``; and the token
+    features that ``statistics`` carries. A linear function of the position is a linear function of the length that
+    remains under any limit, so the limit itself need not be known.
+
+    Example:
+        >>> from klkit.estimators.statistics import score
+        >>> from klkit.models.automaton import coin
+        >>> from klkit.sampling.ancestral import sample
+        >>> p, q = coin(end=0.5), coin(end=0.25)
+        >>> x = sample(p, [p.context(None)], max_tokens=50, seed=0).sequences
+        >>> variates(score(p, q, x)).end[-1].tolist() == [-0.5, -0.5 * int(x.lengths)]
+        True
+    """
+    rows = statistics.rows
+    basis = prefix_basis(statistics)
+    going_on, end_p = (~ended(statistics)).double(), rows.end_p.double()
+    innovations = torch.stack(
+        [statistics.log_ratio.double() - rows.kl.double(), -rows.logp.double() - rows.entropy_p.double()], dim=1
+    )
+    innovations = torch.cat([innovations, statistics.features.double()], dim=1)
+    return Variates(
+        end=(going_on - (1 - end_p))[:, None] * basis,
+        other=(innovations[:, :, None] * basis[:, None, :]).flatten(1),
+        going_on=going_on[:, None] * basis,
+        end_p=end_p,
+        variance=torch.stack([end_p * (1 - end_p), rows.variance_ratio.double(), rows.variance_logp.double()], dim=1),
+        basis=basis,
+    )
+
+
+def prefix_basis(statistics: TokenStatistics) -> Float[Tensor, "m 2"]:
+    """``(1, n)`` at the ``n``-th decision of each string, counted from 1."""
+    position = statistics.x.position().double() + 1
+    return torch.stack([torch.ones_like(position), position], dim=1)
+
+
+def ended(statistics: TokenStatistics) -> Bool[Tensor, " m"]:
+    """Whether the token drawn at a decision ended its string: the last one of each string that was not cut."""
+    x = statistics.x
+    row = x.row()
+    return x.finished[row] & (x.position() == x.lengths[row] - 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """Sums over the decisions of some strings: all that fitting and judging coefficients need.
+
+    The variates ``Z_n`` have ``c`` columns, the first ``e`` of them the end token's. ``W_n`` is ``Z_n`` but for those,
+    which are ``p(end) 1[y_n ≠ end] B_n``: it correlates with the future exactly as ``Z_n`` does. A string's end is
+    worth what it forgoes, and that is seen wherever strings went on; ``Z_n`` would learn it from the few ends alone.
+
+    Attributes:
+        gram: ``Σ Z_n Z_nᵀ``, ``(c, c)``.
+        known: its diagonal blocks of the first innovations, as their variances given the prefixes have them: what
+            tokens that were not drawn would have added, ``(3, e, e)``.
+        going_on: ``Σ W_n (1[y_n ≠ end] B_n)ᵀ``, of the same mean as the first columns of ``gram``, ``(c, e)``.
+        echo: ``Σ W_n (Σ_{j>n} Z_j)ᵀ`` for the first columns, of mean 0: what they will remove later, ``(c, e)``.
+        target: ``Σ W_n Σ_{j>n} (D_j, 1)``, ``(c, 2)``.
+        total: ``Σ (D_n, 1)``, ``(2,)``.
+        strings: how many strings.
+    """
+
+    gram: Array
+    known: Array
+    going_on: Array
+    echo: Array
+    target: Array
+    total: Array
+    strings: int
+
+    @classmethod
+    def cat(cls, parts: Sequence[Moments]) -> Moments:
+        """Those of several sets of strings together."""
+        return cls(*(sum(getattr(part, f.name) for part in parts) for f in fields(cls)))
+
+
+def accumulate(statistics: TokenStatistics) -> tuple[Array, Moments]:
+    """Each string's variates ``Σ_n Z_n``, ``(n, c)``, and the moments of all of them."""
+    v = variates(statistics)
+    products = torch.cat([v.end, v.other], dim=1)
+    left = torch.cat([v.end_p[:, None] * v.going_on, v.other], dim=1)
+    values = torch.stack([statistics.rows.kl.double(), torch.ones_like(v.end_p)], dim=1)
+    moments = Moments(
+        gram=(products.T @ products).numpy(),
+        known=torch.einsum("mk,mb,mc->kbc", v.variance, v.basis, v.basis).numpy(),
+        going_on=(left.T @ v.going_on).numpy(),
+        echo=(left.T @ later(statistics, v.end)).numpy(),
+        target=(left.T @ later(statistics, values)).numpy(),
+        total=values.sum(0).numpy(),
+        strings=len(statistics.x),
+    )
+    sums = torch.zeros(len(statistics.x), products.shape[1], dtype=torch.float64)
+    return sums.index_add_(0, statistics.x.row(), products).numpy(), moments
+
+
+def later(statistics: TokenStatistics, values: Float[Tensor, "m c"]) -> Float[Tensor, "m c"]:
+    """``Σ_{j>n} values_j`` over the later decisions of the same string."""
+    running = values.cumsum(0)
+    last = statistics.x.lengths.cumsum(0) - 1
+    return running[last[statistics.x.row()]] - running

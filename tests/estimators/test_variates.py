@@ -1,0 +1,107 @@
+"""Control variates: mean zero by enumeration, and moments that mean what they say."""
+
+import pytest
+import torch
+from tests.bank import random_pair, short_pair
+from tests.enumeration import strings
+
+from klkit.estimators.statistics import score
+from klkit.estimators.variates import Moments, accumulate, ended, later, token_features, variates
+
+
+def scored(p, q, max_tokens):
+    everything = strings(p, max_tokens)
+    return everything, score(p, q, everything.x, features=token_features(p.embedding(), 3))
+
+
+def by_prefix(x, values):
+    """Sum rows of ``values`` over all decisions that follow one and the same prefix."""
+    sums = {}
+    for value, row, place in zip(values, x.row().tolist(), x.position().tolist(), strict=True):
+        prefix = tuple(x.completion(row)[:place].tolist())
+        sums[prefix] = sums.get(prefix, 0) + value
+    return torch.stack(list(sums.values()))
+
+
+@pytest.mark.parametrize("pair", [short_pair(), short_pair(1), random_pair(2)])
+def test_every_product_has_mean_zero_given_the_prefix(pair):
+    everything, statistics = scored(*pair, 4)
+    v = variates(statistics)
+    weight = everything.probability[statistics.x.row()][:, None]
+    for columns in (v.end, v.other):
+        assert by_prefix(statistics.x, weight * columns).abs().max() < 1e-12
+        assert (weight * columns).abs().sum(0).min() > 0.01  # and none is zero throughout
+
+
+def test_variances_given_the_prefix_are_the_known_ones():
+    everything, statistics = scored(*random_pair(3), 4)
+    v = variates(statistics)
+    weight = everything.probability[statistics.x.row()][:, None]
+    drawn = torch.stack([v.end[:, 0], v.other[:, 0], v.other[:, 2]], dim=1).square()
+    assert by_prefix(statistics.x, weight * (drawn - v.variance)).abs().max() < 1e-12
+
+
+def test_moments_have_the_means_that_fitting_relies_on():
+    everything, statistics = scored(*random_pair(4), 4)
+    parts = [accumulate(statistics.select(torch.tensor([i])))[1] for i in range(len(everything.x))]
+
+    def mean(name):
+        values = torch.stack([torch.from_numpy(getattr(part, name)) for part in parts])
+        return torch.tensordot(everything.probability, values, 1)
+
+    gram, e = mean("gram"), parts[0].echo.shape[1]
+    assert torch.allclose(mean("going_on")[:e], gram[:e, :e], atol=1e-12)
+    assert torch.allclose(mean("going_on")[e:], gram[e:, :e], atol=1e-12)
+    assert mean("echo").abs().max() < 1e-12
+    for i, known in enumerate(mean("known")):
+        assert torch.allclose(known, gram[i * e : (i + 1) * e, i * e : (i + 1) * e], atol=1e-12)
+    # Targets are covariances of the variates with what is still to come, and so with the whole string's sum.
+    sums, _ = accumulate(statistics)
+    total = statistics.per_string(statistics.rows.kl)
+    covariance = everything.probability @ (torch.from_numpy(sums) * total[:, None])
+    assert torch.allclose(mean("target")[:, 0], covariance, atol=1e-12)
+    # Sums of variates vary as the gram says: their increments are uncorrelated.
+    squares = torch.from_numpy(sums).T @ (everything.probability[:, None] * torch.from_numpy(sums))
+    assert torch.allclose(squares, gram, atol=1e-12)
+
+
+def test_moments_of_parts_add_up():
+    _, statistics = scored(*random_pair(5), 3)
+    n = len(statistics.x)
+    whole = accumulate(statistics)[1]
+    parts = [accumulate(statistics.select(rows))[1] for rows in torch.randperm(n).split(4)]
+    both = Moments.cat(parts)
+    for name in Moments.__slots__:
+        assert torch.allclose(torch.as_tensor(getattr(both, name)), torch.as_tensor(getattr(whole, name)), atol=1e-12)
+
+
+def test_a_cut_string_has_no_end():
+    everything, statistics = scored(*random_pair(6), 3)
+    x = everything.x
+    assert int(ended(statistics).sum()) == int(x.finished.sum()) < len(x)
+    assert set(x.targets()[ended(statistics)].tolist()) == {random_pair(6)[0].vocabulary.ends[0]}
+
+
+def test_later_sums_stay_within_strings():
+    _, statistics = scored(*random_pair(7), 3)
+    left = later(statistics, torch.ones(statistics.x.decisions, 1, dtype=torch.float64))[:, 0]
+    assert torch.equal(left.long(), statistics.x.lengths[statistics.x.row()] - 1 - statistics.x.position())
+
+
+def test_token_features_are_scaled_principal_components():
+    table = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([9.0, 5, 3, 2, 1, 0.5]) + 4
+    features = token_features(table, 4).double()
+    assert features.shape == (40, 4)
+    assert features.mean(0).abs().max() < 1e-6
+    assert torch.allclose(features.T @ features / 40, torch.eye(4, dtype=torch.float64), atol=1e-5)
+    centred = (table - table.mean(0)).double()
+    along = (features.T @ centred / 40).norm(dim=1)  # standard deviations along the components, largest first
+    assert torch.allclose(along, torch.linalg.svdvals(centred)[:4] / 40**0.5, atol=1e-5)
+    assert torch.equal(token_features(table.clone(), 4), features.float())
+
+
+@pytest.mark.parametrize(
+    ("table", "rank"), [(torch.eye(5), 4), (torch.ones(5, 3), 0), (torch.arange(10.0)[:, None], 1)]
+)
+def test_token_features_stop_at_the_rank(table, rank):
+    assert token_features(table, 16).shape == (len(table), rank)
