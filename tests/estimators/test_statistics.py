@@ -11,7 +11,7 @@ from bank import random_pair
 from enumeration import strings
 from klkit.divergences.fused import RowStatistics
 from klkit.estimators import statistics as module
-from klkit.estimators.statistics import TokenStatistics, collect, earlier_sums, folds, score, weighted
+from klkit.estimators.statistics import TokenStatistics, collect, earlier_sums, score, weighted
 from klkit.models.base import VocabularyMismatch
 from klkit.sampling.ancestral import sample
 from klkit.sampling.importance import from_policy
@@ -93,13 +93,6 @@ def test_weights_are_one_on_policy_and_turn_means_over_mu_into_means_over_p():
 
 def test_what_p_never_does_weighs_nothing():
     assert weighted(torch.tensor([0.0, 2.0]), torch.tensor([-torch.inf, 3.0])).tolist() == [0.0, 6.0]
-
-
-def test_folds_keep_clusters_together_and_have_about_equal_numbers():
-    cluster = torch.arange(23).repeat_interleave(3) * 17
-    fold = folds(cluster, 5)
-    assert all(len(set(fold[cluster == c].tolist())) == 1 for c in cluster.unique())
-    assert sorted(fold.bincount().tolist()) == [12, 12, 15, 15, 15]
 
 
 def test_strings_of_a_policy_carry_their_law():

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from klkit.estimators.control_variate import cv_string, k3_string
 from klkit.estimators.horvitz_thompson import horvitz_thompson
+from klkit.estimators.martingale import fit, rb_cv
 from klkit.estimators.monte_carlo import k3_token, monte_carlo
 from klkit.estimators.rao_blackwell import prefix_sums, rao_blackwell
 from klkit.estimators.statistics import TokenStatistics
@@ -26,6 +27,7 @@ ESTIMATORS: dict[str, Callable[[TokenStatistics], NDArray[np.float64]]] = {
     "k3_token": k3_token,
     "ht": horvitz_thompson,
     "rb": rao_blackwell,
+    "rb_cv": rb_cv,
 }
 """Every estimator by its key: statistics of ``n`` strings to one contribution a string, nats."""
 
@@ -79,7 +81,11 @@ def summarise(
         weights = x.lengths.double().numpy()
     else:
         infinite = infinite & (statistics.prefix_weight() > 0)  # a prefix that p never writes makes nothing infinite
-        contributions = ESTIMATORS[method](statistics)
+        if method == "rb_cv":  # what makes a mean precise does not make a ratio precise, and a reader wants its notes
+            fitted = fit(statistics, per_token=estimand == "R")
+            contributions, notes = fitted.contributions, (*notes, *fitted.notes)
+        else:
+            contributions = ESTIMATORS[method](statistics)
         weights = np.ones(len(x)) if estimand == "S" else prefix_sums(statistics, torch.ones(x.decisions))
     return Estimate(
         method=method,

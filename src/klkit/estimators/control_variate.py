@@ -14,7 +14,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from klkit.estimators.statistics import TokenStatistics, folds, weighted
+from klkit.estimators.martingale import deal
+from klkit.estimators.statistics import TokenStatistics, weighted
 from klkit.numerics import excess
 
 FOLDS = 5
@@ -63,7 +64,7 @@ def cv_string(statistics: TokenStatistics) -> NDArray[np.float64]:
     """
     log_ratio, weight = statistics.per_string(statistics.log_ratio), statistics.string_weight()
     value, variate = weighted(weight, log_ratio), weighted(weight, torch.expm1(-log_ratio))
-    fold = folds(statistics.x.cluster, FOLDS)
+    fold = torch.from_numpy(deal(statistics.x.cluster.numpy(), FOLDS, seed=0))
     adjusted = value.clone()
     for i in range(FOLDS):
         alpha = least_variance(value[fold != i], variate[fold != i])

@@ -163,21 +163,6 @@ def weighted(weight: Float[Tensor, " b"], value: Float[Tensor, " b"]) -> Float[T
     return torch.where(weight == 0, 0.0, weight * value)
 
 
-def folds(cluster: Int[Tensor, " n"], count: int) -> Int[Tensor, " n"]:
-    """A fold in ``0..count−1`` for each string; strings of one cluster share theirs.
-
-    A coefficient fitted on the other folds is independent of the strings it is applied to, which is
-    what keeps an estimator with fitted coefficients unbiased.
-
-    Example:
-        >>> import torch
-        >>> folds(torch.tensor([7, 7, 3, 9]), 2).tolist()
-        [1, 1, 0, 0]
-    """
-    rank: Tensor = torch.unique(cluster, return_inverse=True)[1]
-    return rank % count
-
-
 def earlier_sums(
     values: Float[Tensor, " c"], row: Int[Tensor, " c"], carry: Float[Tensor, " n"]
 ) -> Float[Tensor, " c"]:
