@@ -1,7 +1,8 @@
 """The divergences as plain functions on log-probabilities: masks, infinities and tiny values included."""
 
-import klkit
 import torch
+
+import klkit
 
 logits = torch.randn(2, 5, 1000, generator=torch.Generator().manual_seed(0))
 logp = logits.log_softmax(-1)

@@ -1,7 +1,8 @@
 """A model of one's own: what klkit needs of it, and the laws that check it."""
 
-import klkit
 import torch
+
+import klkit
 from klkit.models.base import Vocabulary
 from klkit.models.ngram import ngram
 

@@ -65,7 +65,7 @@ class Fit:
         contributions: one a string, nats; their mean is the estimate, ``(n,)``.
         chosen: name of the candidate that each fold used.
         coefficients: those that each fold applied (fitted on the others), ``(folds, c)``.
-        ratio_rb: estimated variance within prompts, relative to Rao-Blackwell's; NaN if that is 0.
+        ratio_rb: estimated variance within prompts, relative to Rao-Blackwell's; NaN if that is 0 or infinite.
         ratio_mc: the same relative to Monte Carlo's.
         notes: why nothing was fitted, if so.
     """
@@ -114,7 +114,7 @@ def fit(
         >>> from klkit.models.automaton import coin
         >>> from klkit.sampling.ancestral import sample
         >>> p, q = coin(end=0.5), coin(end=0.01)
-        >>> x = sample(p, [p.context(None)] * 64, max_tokens=80, seed=0).sequences
+        >>> x = sample(p, [p.context(None)] * 64, max_tokens=80, seed=0, prompt=[0] * 64).sequences
         >>> fit(score(p, q, x)).ratio_rb < 0.1
         True
     """
@@ -265,9 +265,11 @@ def coefficients(parts: Sequence[Moments], candidate: Candidate | None, per_toke
 
 
 def ratio(statistics: TokenStatistics, a: Array, b: Array) -> float:
-    """Variance of ``a`` within prompts relative to that of ``b``."""
+    """Variance of ``a`` within prompts relative to that of ``b``; over all strings if no prompt has two."""
     _, prompt = np.unique(statistics.x.prompt.numpy(), return_inverse=True)
     count = np.bincount(prompt)
+    if count.max() == 1:
+        prompt, count = np.zeros_like(prompt), np.array([len(prompt)])
 
     def within(values: Array) -> float:
         return float(np.sum((values - (np.bincount(prompt, values) / count)[prompt]) ** 2))

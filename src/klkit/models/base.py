@@ -130,5 +130,5 @@ def log_probs(model: LanguageModel, x: Sequences, *, rows: int | None = None) ->
     Shapes: chunks ``(c, v)`` whose ``c`` sum to ``x.decisions``; nats.
     """
     hidden = model.encode(x)
-    for chunk in hidden.split(rows or rows_per_chunk(model.vocabulary.size)):
+    for chunk in torch.split(hidden, rows or rows_per_chunk(model.vocabulary.size)):
         yield model.readout(chunk)

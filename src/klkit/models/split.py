@@ -52,7 +52,8 @@ class SplitNetwork:
         self._takes_positions = "position_ids" in accepts
         self._cache_name = "past_key_values" if "past_key_values" in accepts else "cache_params"
         self._head: nn.Module | None = self.network.get_output_embeddings()
-        self._factor, self._cap = 1.0, None
+        self._factor = 1.0
+        self._cap: float | None = None
         self.size, self.width = self._verify(probe, name)
 
     @property
