@@ -224,12 +224,13 @@ and do not quote the upper bound as a guarantee."""
 
 AUTOMATA = """
 
-String lengths of automata have geometric tails, so sums over strings are skewed but have all their moments: the case
-the intervals are built for. Where `rb_cv` falls short at 64 strings, its coefficients come from the same few strings, a noise that the contributions
-do not show in full: on two pairs the estimates spread 4 and 5 % more than their standard errors say, and intervals had
-to be 15 % wider to cover 95 % (measured at 64 strings only; at 256 nothing was missing). With so few, quote `rb` if the
-interval matters more than its width. Samples of 256 are drawn from one pool, so replications share strings.
-Strings of language models can have heavier tails than any automaton's; the next table shows how much worse it gets."""
+String lengths of automata have geometric tails, so sums over strings are skewed but have all their moments: the
+case the intervals are built for. Where `rb_cv` falls short at 64 strings, its coefficients come from the same few
+strings, a noise that the contributions do not show in full: on two pairs the estimates spread 4 and 5 % more than
+their standard errors say, and intervals had to be 15 % wider to cover 95 % (measured at 64 strings only; at 256
+nothing was missing). With so few, quote `rb` if the interval matters more than its width. Samples of 256 are drawn
+from one pool, so replications share strings. Strings of language models can have heavier tails than any
+automaton's; the next table shows how much worse it gets."""
 
 
 def main() -> None:
