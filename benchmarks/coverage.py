@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from klkit import rng
-from klkit.estimators import ESTIMATORS
+from klkit.estimators import ESTIMATORS, summarise
 from klkit.estimators.exact import exact
 from klkit.estimators.statistics import score
 from klkit.models.automaton import Automaton, coin, memoryless, random_automaton
@@ -130,8 +130,7 @@ def automata(replications: int, *, sizes: tuple[int, ...] = (64, 256), chosen: s
                     rows = generator.choice(pool, n, replace=False)
                 mine = statistics.select(torch.from_numpy(rows))
                 for method, cell in cells.items():
-                    interval = ratio_interval(ESTIMATORS[method](mine), np.ones(n), level=LEVEL, seed=seed)
-                    cell.add(interval, truth.value)
+                    cell.add(summarise(method, mine).interval(LEVEL), truth.value)
                 interval = ratio_interval(ESTIMATORS["rb"](mine), lengths[rows], level=LEVEL, seed=seed)
                 if truth.variance_rate() > 1e-12:
                     rate.add(interval, truth.rate)

@@ -42,6 +42,7 @@ class Estimate:
         infinite: decisions at which ``q`` excludes a token that ``p`` allows.
         notes: whatever a reader must be told beside the number.
         unit: ``"nats"`` or ``"bits"``, for printing.
+        spread: by how much errors exceed what the spread of the contributions says (fitted coefficients).
 
     Raises:
         ValueError: no strings, arrays of different lengths, an unknown estimand or unit, or contributions and
@@ -67,7 +68,9 @@ class Estimate:
     infinite: int = 0
     notes: tuple[str, ...] = ()
     unit: str = "nats"
+    spread: float = 1.0
     _totals: tuple[NDArray[np.float64], NDArray[np.float64]] = field(init=False, repr=False, compare=False)
+    _intervals: dict[float, Interval] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.contributions)
@@ -92,7 +95,7 @@ class Estimate:
     @property
     def stderr(self) -> float:
         """Standard error clustered by the independent unit; NaN with fewer than two units."""
-        return ratio_stderr(*self._totals)
+        return self.spread * ratio_stderr(*self._totals)
 
     @property
     def n(self) -> int:
@@ -106,7 +109,13 @@ class Estimate:
 
     def interval(self, level: float = 0.95) -> Interval:
         """Two-sided interval at ``level``: bootstrap-t below 400 clusters, Student's t above."""
-        return ratio_interval(*self._totals, level=level)
+        if level not in self._intervals:
+            found, value = ratio_interval(*self._totals, level=level), self.value
+            if self.spread != 1.0:
+                lower, upper = (value + self.spread * (bound - value) for bound in (found.lower, found.upper))
+                found = replace(found, lower=lower, upper=upper)
+            self._intervals[level] = found
+        return self._intervals[level]
 
     def in_unit(self, value: float) -> float:
         """``value`` nats in this estimate's printing unit."""
@@ -132,6 +141,7 @@ class Estimate:
             cluster=np.concatenate([e.cluster for e in parts]),
             truncated=sum(e.truncated * e.n for e in parts) / n,
             infinite=sum(e.infinite for e in parts),
+            spread=max(e.spread for e in parts),
             notes=tuple(dict.fromkeys(note for e in parts for note in e.notes)),
         )
 

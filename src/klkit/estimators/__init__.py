@@ -75,7 +75,7 @@ def summarise(
             f"expected method 'rb' for estimand 'F', got {method!r}: on text that p did not write, the log-ratios of "
             f"its tokens say nothing about the mean over p's choices; use 'rb'"
         )
-    infinite = statistics.rows.lost > 0
+    infinite, spread = statistics.rows.lost > 0, 1.0
     if given:
         contributions = statistics.per_string(statistics.rows.kl).numpy()
         weights = x.lengths.double().numpy()
@@ -83,7 +83,7 @@ def summarise(
         infinite = infinite & (statistics.prefix_weight() > 0)  # a prefix that p never writes makes nothing infinite
         if method == "rb_cv":  # what makes a mean precise does not make a ratio precise, and a reader wants its notes
             fitted = fit(statistics, per_token=estimand == "R")
-            contributions, notes = fitted.contributions, (*notes, *fitted.notes)
+            contributions, notes, spread = fitted.contributions, (*notes, *fitted.notes), fitted.spread
         else:
             contributions = ESTIMATORS[method](statistics)
         weights = np.ones(len(x)) if estimand == "S" else prefix_sums(statistics, torch.ones(x.decisions))
@@ -95,6 +95,7 @@ def summarise(
         contributions=contributions,
         weights=weights,
         cluster=x.cluster.numpy(),
+        spread=spread,
         truncated=0.0 if given else 1 - float(x.finished.double().mean()),
         infinite=int(infinite.sum()),
         notes=(*notes, *remarks(statistics, contributions, given=given, infinite=int(infinite.sum()))),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -43,6 +44,11 @@ class Candidate:
     others: int | None
     prior: float = 0.0
 
+    def penalty(self, c: int, e: int, strings: int) -> Array:
+        """The ridge on each of the first columns, which are those used; none on the end token's ``e``."""
+        used = c if self.others is None else min(c, e * (1 + self.others))
+        return np.concatenate([np.zeros(e), np.full(used - e, self.prior / strings)])
+
 
 CANDIDATES = (
     Candidate("end", 0),
@@ -68,6 +74,7 @@ class Fit:
         ratio_rb: estimated variance within prompts, relative to Rao-Blackwell's; NaN if that is 0 or infinite.
         ratio_mc: the same relative to Monte Carlo's.
         notes: why nothing was fitted, if so.
+        spread: by how much errors exceed what the spread of the contributions says, see :func:`widening`.
     """
 
     contributions: Array
@@ -76,6 +83,7 @@ class Fit:
     ratio_rb: float
     ratio_mc: float
     notes: tuple[str, ...] = ()
+    spread: float = 1.0
 
 
 def rb_cv(statistics: TokenStatistics, *, per_token: bool = False) -> Array:
@@ -125,9 +133,9 @@ def fit(
     fold = deal(statistics.x.cluster.numpy(), folds, seed)
     members = [np.flatnonzero(fold == k) for k in range(fold.max() + 1)]
     sums, parts = zip(*(accumulate(statistics.select(torch.from_numpy(strings))) for strings in members), strict=True)
-    others = [[*parts[:k], *parts[k + 1 :]] for k in range(len(parts))]
-    chosen = [choose(rest, per_token) for rest in others]
-    theta = np.stack([coefficients(rest, pick, per_token) for rest, pick in zip(others, chosen, strict=True)])
+    chosen = choose(parts, per_token)
+    rest = [Moments.cat([*parts[:k], *parts[k + 1 :]]) for k in range(len(parts))]
+    theta = np.stack([coefficients(moments, pick, per_token) for moments, pick in zip(rest, chosen, strict=True)])
     contributions = plain.copy()
     for strings, variate, weights in zip(members, sums, theta, strict=True):
         contributions[strings] -= variate @ weights
@@ -137,6 +145,7 @@ def fit(
         theta,
         ratio(statistics, contributions, plain),
         ratio(statistics, contributions, monte_carlo(statistics)),
+        spread=float(np.mean([widening(moments, pick) for moments, pick in zip(rest, chosen, strict=True)])),
     )
 
 
@@ -191,15 +200,15 @@ class EndFit:
         """``Σ W_n`` times what is left of the return after ``n``: of mean ``E Σ Z_n (V − Z_nᵀα)``, ``(c,)``."""
         return moments.target @ [1.0, -self.rate] - (moments.going_on + moments.echo) @ self.alpha
 
-    def correction(self, moments: Moments, candidate: Candidate) -> Array:
-        """What ``candidate`` adds to ``α``: its coefficients for what is left, ``(c,)``."""
+    def correction(self, moments: Moments, gram: Array, candidate: Candidate) -> Array:
+        """What ``candidate`` adds to ``α``: its coefficients for what is left, given the lifted gram, ``(c,)``."""
         c, e = moments.echo.shape
-        used = c if candidate.others is None else min(c, e * (1 + candidate.others))
+        penalty = candidate.penalty(c, e, moments.strings)
+        used = len(penalty)
         delta = np.zeros(c)
         if used > e:
-            penalty = np.r_[np.zeros(e), np.full(used - e, candidate.prior / moments.strings)]
             wanted = np.r_[np.zeros(e), self.left_over(moments)[e:used]]
-            delta[:used] = ridge(lifted(moments)[:used, :used], wanted, penalty)
+            delta[:used] = ridge(gram[:used, :used], wanted, penalty)
         return delta
 
     def gain(self, moments: Moments, delta: Array) -> float:
@@ -243,25 +252,47 @@ def ridge(system: Array, target: Array, penalty: Array) -> Array:
     return np.asarray(np.linalg.solve(scaled, target / scale) / scale)
 
 
-def choose(parts: Sequence[Moments], per_token: bool) -> Candidate | None:
-    """The candidate that, fitted without each part in turn, removes most variance there; None if none removes any."""
-    gains = np.zeros(len(CANDIDATES))
-    for k, part in enumerate(parts):
-        moments = Moments.cat([*parts[:k], *parts[k + 1 :]])
-        end = EndFit.of(moments, per_token)
-        gains += [end.gain(part, end.correction(moments, candidate)) for candidate in CANDIDATES]
-    return CANDIDATES[int(gains.argmax())] if gains.max() > 0 else None
+def choose(parts: Sequence[Moments], per_token: bool) -> list[Candidate | None]:
+    """For each fold, the candidate that does best on the others, each fitted without it in turn; None if none helps."""
+    gains = np.zeros((len(parts), len(CANDIDATES)))
+    for j, k in combinations(range(len(parts)), 2):
+        # Fitted without both, the coefficients judge k on behalf of j and j on behalf of k.
+        moments = Moments.cat([part for i, part in enumerate(parts) if i not in (j, k)])
+        end, gram = EndFit.of(moments, per_token), lifted(moments)
+        for n, candidate in enumerate(CANDIDATES):
+            delta = end.correction(moments, gram, candidate)
+            gains[j, n] += end.gain(parts[k], delta)
+            gains[k, n] += end.gain(parts[j], delta)
+    return [CANDIDATES[int(row.argmax())] if row.max() > 0 else None for row in gains]
 
 
-def coefficients(parts: Sequence[Moments], candidate: Candidate | None, per_token: bool) -> Array:
-    """The coefficients of ``candidate`` fitted on all parts, ``(c,)``."""
-    moments = Moments.cat(parts)
+def coefficients(moments: Moments, candidate: Candidate | None, per_token: bool) -> Array:
+    """The coefficients of ``candidate``, ``(c,)``."""
     if candidate is None:
         return np.zeros(len(moments.gram))
     end = EndFit.of(moments, per_token)
-    theta = end.correction(moments, candidate)
+    theta = end.correction(moments, lifted(moments), candidate)
     theta[: len(end.alpha)] += end.alpha
     return theta
+
+
+def widening(moments: Moments, candidate: Candidate | None) -> float:
+    """``√((1 + 2k/n) / (1 + k/n))``: what cross-fitting ``k`` coefficients adds to the error unseen.
+
+    Noise in the coefficients adds ``k/n`` of the variance to each contribution, which their spread shows. But two
+    strings that are in each other's training set err together, which adds as much again to the variance of the
+    mean and does not show. Under a ridge ``k = tr (A⁻¹G)²`` with ``A`` the penalised gram ``G``.
+    """
+    if candidate is None:
+        return 1.0
+    c, e = moments.echo.shape
+    penalty = candidate.penalty(c, e, moments.strings)
+    gram = lifted(moments)[: len(penalty), : len(penalty)]
+    scale = np.sqrt(np.where(gram.diagonal() > 0, gram.diagonal(), 1.0))
+    gram = gram / np.outer(scale, scale)
+    shrunk = np.linalg.solve(gram + np.diag(penalty + 1e-9), gram)
+    k = float((shrunk * shrunk.T).sum()) / moments.strings
+    return float(np.sqrt((1 + 2 * k) / (1 + k)))
 
 
 def ratio(statistics: TokenStatistics, a: Array, b: Array) -> float:

@@ -118,4 +118,5 @@ def combine(forward: Estimate, backward: Estimate, *, share: float, divergence: 
         infinite=forward.infinite + backward.infinite,
         notes=tuple(dict.fromkeys(forward.notes + backward.notes)),
         unit=forward.unit,
+        spread=max(run.spread for run in runs),
     )
