@@ -162,6 +162,8 @@ def put_together(
     totals, weights = cluster_totals(sums, np.ones(len(sums)), statistics.x.cluster.numpy())
     means = totals / weights
     bound = float(running_lower_bound(means)[-1])
+    # Rounds of several strings a prompt revise earlier means, so then the bound is for the end of the run only.
+    anytime = len(means) == len(sums)
     finite = np.isfinite(means).all()
     shape = tail(means) if finite else None
     companions = per_token(statistics)
@@ -175,7 +177,8 @@ def put_together(
             "level": 0.95,
             "value": jsonable(bound),
             "unit": "nats",
-            "method": "betting on per-cluster RB sums; holds at any stopping time",
+            "method": "betting on per-cluster RB sums" + ("; holds at any stopping time" if anytime else ""),
+            "anytime": anytime,
         },
         tail={}
         if shape is None
@@ -184,7 +187,7 @@ def put_together(
         breakdown=parts,
         settings=settings.to_dict(),
         provenance=env,
-        lines=lines(headline, audited, floor, bound, shape.verdict if shape else None, companions, parts),
+        lines=lines(headline, audited, floor, bound, anytime, shape.verdict if shape else None, companions, parts),
         sentence=sentence,
         notes=tuple(dict.fromkeys(notes)),
     )
@@ -314,6 +317,7 @@ def lines(
     audited: Mapping[str, Any],
     floor: Mapping[str, Any],
     bound: float,
+    anytime: bool,
     tail_verdict: str | None,
     companions: Mapping[str, Any],
     parts: Mapping[str, Any],
@@ -341,9 +345,8 @@ def lines(
         if headline.estimand == "S" and value < 10 * noise:
             said["floor"] += ": the estimate is not clearly above it"
     if headline.divergence in ("kl", "reverse_kl") and headline.estimand == "S":
-        said["lower bound"] = (
-            f"at least {headline.in_unit(bound):.4g} {unit}, with 95 % confidence at any stopping time"
-        )
+        when = " at any stopping time" if anytime else ""
+        said["lower bound"] = f"at least {headline.in_unit(bound):.4g} {unit}, with 95 % confidence{when}"
         if math.isfinite(value) and value > 0:
             count = max(1, math.ceil(math.log(ODDS) / value))
             said["meaning"] = (

@@ -19,6 +19,7 @@ from klkit.models.base import LanguageModel
 from klkit.numerics import rows_per_chunk
 from klkit.report.record import Batch, Details, RunFolder, join
 from klkit.results import Estimate
+from klkit.rng import numpy_stream
 from klkit.sampling.ancestral import sample
 from klkit.sequences import Sequences
 
@@ -30,7 +31,10 @@ KEPT_BYTES = 256 << 20  # trunk vectors of one batch, at most
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which strings a run draws: replicate by replicate, every prompt once in each.
+    """Which strings a run draws: round by round, every prompt once in each, in an order shuffled by the seed.
+
+    The order matters only to a run that stops early, or shows its first strings: these must not be
+    the first lines of a file that somebody sorted.
 
     Attributes:
         contexts_p: what ``p`` reads before responding to each prompt.
@@ -54,7 +58,13 @@ class Plan:
     def slice(self, start: int, stop: int) -> list[tuple[int, int]]:
         """(prompt, replicate) of the strings ``start`` to ``stop``."""
         prompts = len(self.contexts_p)
-        return [(i % prompts, i // prompts) for i in range(start, min(stop, self.total))]
+        order = numpy_stream(self.seed, "order").permutation(prompts).tolist()
+        return [(order[i % prompts], i // prompts) for i in range(start, min(stop, self.total))]
+
+    def next_look(self, strings: int) -> int:
+        """When to ask again whether ``strings`` are enough: a quarter later, and with every prompt equally often."""
+        wanted, prompts = max(MINIMUM_STRINGS, math.ceil(1.25 * strings)), len(self.contexts_p)
+        return wanted if wanted <= prompts else math.ceil(wanted / prompts) * prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,17 +121,22 @@ def run_strings(
         rescore = p.dtype not in (torch.float32, torch.float64)
     size = resolve_batch_size(p, plan, batch_size)
     count = sum(len(batch.statistics.x) for batch in done)
-    resumed, began, next_look = count, time.monotonic(), MINIMUM_STRINGS
+    resumed, began, look = count, time.monotonic(), plan.next_look(0)
     running = Running()
     for batch in done:
         running.add(batch.statistics)
     while count < plan.total:
-        if enough is not None and count >= next_look:
+        while enough is not None and look < count:
+            look = plan.next_look(look)  # looks that a resumed run has behind it
+        if enough is not None and count == look:
             if enough(TokenStatistics.cat([batch.statistics for batch in done])):
                 break
-            next_look = math.ceil(count * 1.25)
+            look = plan.next_look(count)
         try:
-            batch = one_batch(p, q, plan, count, size, features=features, mixture=mixture, rescore=rescore, floor=floor)
+            width = size if enough is None else min(size, look - count)
+            batch = one_batch(
+                p, q, plan, count, width, features=features, mixture=mixture, rescore=rescore, floor=floor
+            )
         except torch.OutOfMemoryError:
             # The strings do not depend on the batch size, so a smaller one continues the same run.
             if batch_size != "auto" or size == 1:
