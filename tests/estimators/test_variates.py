@@ -7,6 +7,7 @@ from tests.enumeration import strings
 
 from klkit.estimators.statistics import score
 from klkit.estimators.variates import Moments, accumulate, ended, later, token_features, variates
+from klkit.rng import stream
 
 
 def scored(p, q, max_tokens):
@@ -105,3 +106,16 @@ def test_token_features_are_scaled_principal_components():
 )
 def test_token_features_stop_at_the_rank(table, rank):
     assert token_features(table, 16).shape == (len(table), rank)
+
+
+def test_token_features_of_a_wide_embedding_capture_as_much_as_the_exact_ones():
+    generator = stream(0, "wide")
+    scales = torch.arange(1, 401).double() ** -0.7
+    table = (torch.randn(900, 400, generator=generator, dtype=torch.float64) * scales) + 3.0
+    features = token_features(table.float(), 8).double()
+    centred = table - table.mean(0)
+    exact = torch.linalg.svdvals(centred)[:8].square().sum()
+    found = torch.linalg.qr(features).Q.T @ centred
+    assert found.square().sum() > 0.99 * exact
+    torch.testing.assert_close(features.mean(0), torch.zeros(8).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(features.std(0, correction=0), torch.ones(8).double(), atol=1e-4, rtol=0)

@@ -16,15 +16,21 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from klkit import rng
 from klkit.estimators.statistics import TokenStatistics
 
 Array = NDArray[np.float64]
+
+ROWS = 4096  # rows of an embedding widened at a time
+SKETCH = 256  # columns up to which the principal components are exact
+ITERATIONS = 4  # of subspace iteration beyond that
 
 
 def token_features(embedding: Float[Tensor, "v e"], count: int = 16) -> Float[Tensor, "v f"]:
     """First ``min(count, rank)`` principal components ``(W − W̄) V_k`` of a token embedding, scaled to unit variance.
 
-    The signs of the components are fixed, so that equal embeddings give equal features.
+    Equal embeddings give equal features: signs are fixed, and so is the start of the subspace iteration by which
+    tables of more than 256 columns are reduced (N. Halko, P.-G. Martinsson and J. Tropp, 2009, arXiv 0909.4061).
 
     Args:
         embedding: one vector a token.
@@ -37,16 +43,32 @@ def token_features(embedding: Float[Tensor, "v e"], count: int = 16) -> Float[Te
         >>> token_features(torch.eye(5), 3).shape
         torch.Size([5, 3])
     """
-    table = embedding.detach().double().cpu()
-    table = table - table.mean(0)
-    variance, axes = torch.linalg.eigh(table.T @ table / len(table))
+    table = embedding.detach().cpu()
+    mean = torch.stack([rows.double().sum(0) for rows in torch.split(table, ROWS)]).sum(0) / len(table)
+    width = table.shape[1]
+    # Any table gives valid variates, so of a wide one the leading components need not be exact: subspace iteration.
+    axes = torch.eye(width, dtype=torch.float64)
+    if width > SKETCH:
+        start = torch.randn(width, 2 * count, dtype=torch.float64, generator=rng.stream(0, "token features"))
+        axes = torch.linalg.qr(start).Q
+        for _ in range(ITERATIONS):
+            axes = torch.linalg.qr(_covariance(table, mean, axes)).Q
+    variance, inner = torch.linalg.eigh(axes.T @ _covariance(table, mean, axes))
     order = variance.argsort(descending=True)[:count]
     order = order[variance[order] > 1e-10 * variance.max().clamp(min=1e-300)]
-    axes = axes[:, order]
+    axes = axes @ inner[:, order]
     largest = axes.abs().argmax(0)
-    axes = axes * axes[largest, torch.arange(len(order))].sign()
-    scores: Tensor = table @ axes / variance[order].sqrt()
-    return scores.float()
+    axes = axes * axes[largest, torch.arange(len(order))].sign() / variance[order].sqrt()
+    return torch.cat([((rows.double() - mean) @ axes).float() for rows in torch.split(table, ROWS)])
+
+
+def _covariance(table: Tensor, mean: Tensor, axes: Tensor) -> Tensor:
+    """Covariance of the rows of ``table`` times ``axes``, without a copy of the table."""
+    total = torch.zeros_like(axes)
+    for rows in torch.split(table, ROWS):
+        centred = rows.double() - mean
+        total += centred.T @ (centred @ axes)
+    return total / len(table)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,18 +98,19 @@ class Variates:
 def variates(statistics: TokenStatistics) -> Variates:
     """Innovations ``f(y_n) − Σ_a p(a|prefix) f(a)``, each times 1 and times the position.
 
-    The functions ``f`` are: not ending; the log-ratio ``log p − log q``; the surprisal ``−log p``; and the token
-    features that ``statistics`` carries. A linear function of the position is a linear function of the length that
-    remains under any limit, so the limit itself need not be known.
+        The functions ``f`` are: not ending; the log-ratio ``log p − log q``; the surprisal ``−log p``; and the token
+        features that ``statistics`` carries. A linear function of the position is a linear function of the length that
+        remains under any limit, so the limit itself need not be known.
 
-    Example:
-        >>> from klkit.estimators.statistics import score
-        >>> from klkit.models.automaton import coin
-        >>> from klkit.sampling.ancestral import sample
-        >>> p, q = coin(end=0.5), coin(end=0.25)
-        >>> x = sample(p, [p.context(None)], max_tokens=50, seed=0).sequences
-        >>> variates(score(p, q, x)).end[-1].tolist() == [-0.5, -0.5 * int(x.lengths)]
-        True
+        Example:
+            >>> from klkit import rng
+    from klkit.estimators.statistics import score
+            >>> from klkit.models.automaton import coin
+            >>> from klkit.sampling.ancestral import sample
+            >>> p, q = coin(end=0.5), coin(end=0.25)
+            >>> x = sample(p, [p.context(None)], max_tokens=50, seed=0).sequences
+            >>> variates(score(p, q, x)).end[-1].tolist() == [-0.5, -0.5 * int(x.lengths)]
+            True
     """
     rows = statistics.rows
     basis = prefix_basis(statistics)
