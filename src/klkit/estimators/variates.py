@@ -98,19 +98,18 @@ class Variates:
 def variates(statistics: TokenStatistics) -> Variates:
     """Innovations ``f(y_n) − Σ_a p(a|prefix) f(a)``, each times 1 and times the position.
 
-        The functions ``f`` are: not ending; the log-ratio ``log p − log q``; the surprisal ``−log p``; and the token
-        features that ``statistics`` carries. A linear function of the position is a linear function of the length that
-        remains under any limit, so the limit itself need not be known.
+    The functions ``f`` are: not ending; the log-ratio ``log p − log q``; the surprisal ``−log p``; and the token
+    features that ``statistics`` carries. A linear function of the position is a linear function of the length that
+    remains under any limit, so the limit itself need not be known.
 
-        Example:
-            >>> from klkit import rng
-    from klkit.estimators.statistics import score
-            >>> from klkit.models.automaton import coin
-            >>> from klkit.sampling.ancestral import sample
-            >>> p, q = coin(end=0.5), coin(end=0.25)
-            >>> x = sample(p, [p.context(None)], max_tokens=50, seed=0).sequences
-            >>> variates(score(p, q, x)).end[-1].tolist() == [-0.5, -0.5 * int(x.lengths)]
-            True
+    Example:
+        >>> from klkit.estimators.statistics import score
+        >>> from klkit.models.automaton import coin
+        >>> from klkit.sampling.ancestral import sample
+        >>> p, q = coin(end=0.5), coin(end=0.25)
+        >>> x = sample(p, [p.context(None)], max_tokens=50, seed=0).sequences
+        >>> variates(score(p, q, x)).end[-1].tolist() == [-0.5, -0.5 * int(x.lengths)]
+        True
     """
     rows = statistics.rows
     basis = prefix_basis(statistics)
