@@ -157,8 +157,6 @@ def test_packing_needs_as_many_contexts_as_completions():
 
 
 def test_prompts():
-    assert len(Prompts(("a", "b"), groups=("x", "y"))) == 2
+    assert len(Prompts(("a", "b"))) == 2
     with pytest.raises(ValueError, match="at least one prompt"):
         Prompts(())
-    with pytest.raises(ValueError, match="one group for each of the 2 prompts, got 1"):
-        Prompts(("a", "b"), groups=("x",))

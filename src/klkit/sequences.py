@@ -26,19 +26,13 @@ class Prompts:
 
     Attributes:
         contents: one entry a prompt: text, a conversation, or a 1-d tensor of token ids.
-        groups: a label for each prompt, or None.
     """
 
     contents: tuple[Content, ...]
-    groups: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.contents:
             raise ValueError("expected at least one prompt, got none; pass prompts=None to start from an empty context")
-        if self.groups is not None and len(self.groups) != len(self.contents):
-            raise ValueError(
-                f"expected one group for each of the {len(self.contents)} prompts, got {len(self.groups)} groups"
-            )
 
     def __len__(self) -> int:
         return len(self.contents)

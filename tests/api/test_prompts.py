@@ -7,7 +7,7 @@ from klkit.api.prompts import read_documents, read_prompts
 
 def write(folder, name, text):
     path = folder / name
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", newline="")
     return str(path)
 
 
@@ -26,13 +26,28 @@ def test_each_format_gives_the_same_prompts(tmp_path):
         assert read_prompts(source).contents == wanted, source
 
 
-def test_conversations_and_groups(tmp_path):
+def test_conversations_beside_texts(tmp_path):
     talk = [{"role": "user", "content": "hello"}]
-    lines = [{"messages": talk, "group": "chat"}, {"messages": "plain", "group": "text"}]
+    lines = [{"messages": talk, "source": "chat"}, {"messages": "plain", "source": "text"}]
     source = write(tmp_path, "a.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    prompts = read_prompts(source, "messages")
-    assert prompts.contents == (talk, "plain")
-    assert prompts.groups == ("chat", "text")
+    assert read_prompts(source, "messages").contents == (talk, "plain")
+
+
+def test_only_line_ends_end_lines(tmp_path):
+    """What str.splitlines splits at, beside the ends of lines, is text like any other."""
+    wanted = ("a\u2028b\u2029c", "d\x85e", "f\x0cg\x0bh", "i\x1cj\x1dk\x1el")
+    txt = write(tmp_path, "a.txt", "\r\n".join(wanted))
+    lines = write(tmp_path, "a.jsonl", "".join(json.dumps({"prompt": w}, ensure_ascii=False) + "\r\n" for w in wanted))
+    rows = write(tmp_path, "a.csv", "prompt,id\r\n" + "".join(f"{w},1\r\n" for w in wanted))
+    tabs = write(tmp_path, "a.tsv", "id\tprompt\n" + "".join(f"1\t{w}\n" for w in wanted))
+    for source in (txt, lines, rows, tabs):
+        assert read_prompts(source).contents == wanted, source
+    assert read_documents(write(tmp_path, "b.txt", "one\x0c\r\ntwo\u2028")) == ["one\x0c\ntwo\u2028"]
+
+
+def test_quoted_fields_run_over_lines(tmp_path):
+    rows = 'prompt,id\n"one\n\ntwo\r\nthree",1\n\n"four",2\n'
+    assert read_prompts(write(tmp_path, "a.csv", rows)).contents == ("one\n\ntwo\r\nthree", "four")
 
 
 @pytest.mark.parametrize(
@@ -45,7 +60,13 @@ def test_conversations_and_groups(tmp_path):
         ("a.jsonl", "", "none"),
         ("a.txt", "  \n\n", "none"),
         ("a.csv", "prompt,id\nok,1\ntoo,many,fields\n", "line 3"),
+        ("a.csv", 'prompt,id\n"two\nlines",1\n"three\n\nlines",2,3\n', "line 4"),
+        ("a.csv", 'prompt,id\n"two\nlines",1\n\n"never closed,2\nmore,3\n', "line 5"),
+        ("a.csv", 'prompt,id\n"two\nlines",1\n" \n",2\n', "line 4"),
         ("a.csv", "question\nok\n", "--column"),
+        ("a.jsonl", '{"prompt": "o\u2028k"}\n{"prompt": "o\x85k"}\n{"prompt": broken\n', "line 3"),
+        ("a.txt", "", "none"),
+        ("a.csv", "", "none"),
         ("a.json", "{}", "list"),
         ("a.parquet", "not parquet", "parquet"),
     ],

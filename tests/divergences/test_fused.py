@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from klkit.divergences.f import total_variation
-from klkit.divergences.fused import RowStatistics, _argmax, bernoulli_kl, mixture_kl, row_statistics
+from klkit.divergences.fused import RowStatistics, _argmax, mixture_kl, row_statistics
 from klkit.divergences.kl import entropy, kl, reverse_kl
 from klkit.divergences.mixtures import jensen_shannon
 from klkit.numerics import log_softmax
@@ -188,25 +188,6 @@ def test_the_first_of_equal_maxima():
     assert _argmax(x).tolist() == [0, 300, 4999, 0, 1]
     y = torch.randn(20, 50257, generator=torch.Generator().manual_seed(0))
     assert torch.equal(_argmax(y), y.argmax(-1))
-
-
-def test_coins():
-    p = torch.tensor([0.3, 0.0, 1.0, 0.0, 1.0, 0.5, 0.5, 1e-30, 0.2], dtype=torch.float64)
-    q = torch.tensor([0.6, 0.0, 1.0, 0.5, 0.5, 0.0, 1.0, 2e-30, 0.2], dtype=torch.float64)
-    expected = [
-        0.3 * math.log(0.5) + 0.7 * math.log(7 / 4),
-        0.0,
-        0.0,
-        math.log(2),
-        math.log(2),
-        math.inf,
-        math.inf,
-        1e-30 * (1 - math.log(2)),
-        0.0,
-    ]
-    torch.testing.assert_close(bernoulli_kl(p, q), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-40)
-    with pytest.raises(ValueError, match=r"within \[0, 1\]"):
-        bernoulli_kl(p + 0.5, q)
 
 
 @pytest.mark.parametrize("odds", [-800.0, -30.0, -1.0, 0.0, 2.0, 30.0, 800.0])

@@ -138,6 +138,23 @@ def test_equal_models_have_nothing_to_correct():
     assert np.isnan(fitted.ratio_rb)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_no_numbers_are_left_out_with_a_note(value):
+    p, q = random_pair(12, symbols=4)
+    statistics = pool(p, q, 48)
+    features = statistics.features.clone()
+    assert features.shape[1] == 4
+    features[5, 1] = value
+    features[:, 3] = value
+    fitted = fit(replace(statistics, features=features))
+    wanted = fit(replace(statistics, features=statistics.features[:, [0, 2]]))
+    assert np.array_equal(fitted.contributions, wanted.contributions)
+    assert "without 2 of its 4 token features" in fitted.notes[0]
+    assert not wanted.notes
+    nothing = fit(replace(statistics, features=torch.full_like(features, value)))
+    assert np.isfinite(nothing.contributions).all()
+
+
 @pytest.mark.parametrize("case", ["strings", "clusters", "sampler", "infinite"])
 def test_falls_back_to_rao_blackwell_and_says_so(case):
     statistics = pool(*random_pair(11), 15 if case == "strings" else 32, prompts=3 if case == "clusters" else 1)

@@ -108,6 +108,26 @@ def test_token_features_stop_at_the_rank(table, rank):
     assert token_features(table, 16).shape == (len(table), rank)
 
 
+@pytest.mark.parametrize("width", [6, 300])
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf, 1e30])
+def test_token_features_make_nothing_of_rows_that_are_garbage(width, garbage):
+    table = torch.randn(400, width, generator=torch.Generator().manual_seed(1)) + 4
+    padded = torch.cat([table, torch.full((2, width), garbage)])
+    padded[-1, 1:] = 0.5  # one bad number is enough
+    found = token_features(padded, 4)
+    assert torch.isfinite(found).all()
+    assert torch.equal(found[400:], torch.zeros(2, 4))
+    # Counted as the mean, these rows only stretch the scale that makes the variance 1.
+    torch.testing.assert_close(found[:400], token_features(table, 4) * (402 / 400) ** 0.5, rtol=1e-4, atol=1e-5)
+
+
+def test_token_features_of_nothing_usable():
+    assert token_features(torch.full((3, 2), torch.nan)).shape == (3, 0)
+    mostly_zero = torch.zeros(50, 3)
+    mostly_zero[0, 0], mostly_zero[1, 1] = 1.0, 1.0
+    assert token_features(mostly_zero).shape == (50, 2)
+
+
 def test_token_features_of_a_wide_embedding_capture_as_much_as_the_exact_ones():
     generator = stream(0, "wide")
     scales = torch.arange(1, 401).double() ** -0.7

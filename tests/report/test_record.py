@@ -39,6 +39,46 @@ def test_joining_keeps_track_of_the_shown_strings(batches):
     assert len(whole.details.tokens_p) == shown.x.decisions
 
 
+def test_line_separators_within_a_text_do_not_end_the_line(batches, tmp_path):
+    folder = RunFolder.create(tmp_path / "run", {"seed": 1}, {})
+    lines = [{"text": text} for text in ("a\u2028b", "c\x85d\u2029", "e\r\nf\x0c", "g")]
+    folder.append(0, batches[0], lines[:2])
+    folder.append(1, batches[1], lines[2:])
+    assert folder.samples() == lines
+    folder.rewrite_samples(lines)
+    assert folder.samples() == lines
+
+
+@pytest.mark.parametrize("broken", [0, 2, 4])
+def test_a_broken_line_costs_itself_only(batches, tmp_path, broken):
+    folder = RunFolder.create(tmp_path / "run", {"seed": 1}, {})
+    lines = [{"text": f"{i} größer"} for i in range(5)]
+    folder.append(0, batches[0], lines)
+    path = folder.path / "samples.jsonl"
+    raw = path.read_bytes().splitlines(keepends=True)
+    raw[broken] = raw[broken][: raw[broken].index("ö".encode()) + 1] + (b"\n" if broken < 4 else b"")
+    path.write_bytes(b"".join(raw))
+    assert folder.samples() == lines[:broken] + lines[broken + 1 :]
+
+
+def test_a_broken_line_is_mended_when_the_run_goes_on(tmp_path):
+    """Also where the lines before it are as many as the strings that are done."""
+    p, q = (random_automaton(2, 4, generator=stream(5, "mended", name)) for name in "pq")
+    plan = Plan([p.context(None)], [p.context(None)], 12, 9, seed=1)
+    folder = RunFolder.create(tmp_path / "run", {"seed": 1}, {})
+    run_strings(p, q, plan, batch_size=4, folder=folder)
+    wanted = folder.samples()
+    path = folder.path / "samples.jsonl"
+    raw = path.read_text().splitlines(keepends=True)
+    for broken, shards in ((5, 3), (8, 2)):
+        for shard in range(shards, 3):
+            (folder.path / "shards" / f"{shard:05d}.safetensors").unlink()
+        path.write_text("".join([*raw[:broken], raw[broken][:9] + "\n", *raw[broken + 1 :]]))
+        run_strings(p, q, plan, batch_size=4, folder=folder)
+        assert path.read_text() == "".join(raw)
+        assert folder.samples() == wanted
+
+
 def test_unflatten_is_the_inverse(batches):
     assert same(unflatten(flatten(batches[0])), batches[0])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from importlib import resources
@@ -38,22 +39,18 @@ def read_prompts(source: str, column: str = "prompt") -> Prompts:
     """Read prompts: a line each (txt), or field ``column`` of each record (jsonl, csv, parquet).
 
     A record's field may be text or a conversation (a list of messages with ``role`` and
-    ``content``). A ``group`` field is kept as the prompt's group. Blank lines of a txt file are
-    skipped; a blank or missing field of a record is an error, since it is rarely meant.
+    ``content``). Blank lines of a txt file are skipped; a blank or missing field of a record is an
+    error, since it is rarely meant.
 
     Raises:
         ValueError: a broken line (its number is named), a missing column, no prompt at all.
         FileNotFoundError: no such file.
     """
     path = resolve(source)
-    contents: list[Content] = []
-    groups: list[str] = []
-    for number, record in _records(path, column):
-        contents.append(_content(record, column, path, number))
-        groups.append(str(record.get("group", "")) if isinstance(record, dict) else "")
+    contents = tuple(_content(record, column, path, number) for number, record in _records(path, column))
     if not contents:
         raise ValueError(f"expected at least one prompt in {path}, got none; the file is empty")
-    return Prompts(tuple(contents), tuple(groups) if any(groups) else None)
+    return Prompts(contents)
 
 
 def read_documents(source: str, column: str = "text") -> list[str]:
@@ -65,7 +62,7 @@ def read_documents(source: str, column: str = "text") -> list[str]:
     """
     path = resolve(source)
     if path.suffix.lower() not in SUFFIXES[1:]:
-        documents = [_decode(path)]
+        documents = [io.StringIO(_decode(path), newline=None).read()]
     else:
         documents = []
         for number, record in _records(path, column):
@@ -82,26 +79,55 @@ def read_documents(source: str, column: str = "text") -> list[str]:
 
 
 def _decode(path: Path) -> str:
+    """The file's text, its line ends as they are."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"expected UTF-8 text in {path}, got a byte that is not ({error}); convert the file"
         ) from error
 
 
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number, line) pairs, blank lines left out."""
+    # Not str.splitlines, which also splits at form feeds and at U+0085 and U+2028, all allowed within a line.
+    for number, line in enumerate(_decode(path).split("\n"), start=1):
+        if line.strip():
+            yield number, line.removesuffix("\r")
+
+
+def _table(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """(number of its first line, fields by name) of each row; quoted fields may run over several lines."""
+    reader = csv.reader(io.StringIO(_decode(path), newline=""), delimiter=delimiter, strict=True)
+    names: list[str] | None = None
+    first = 1
+    try:
+        for row in reader:
+            if row and names is None:
+                names = row
+            elif row and names is not None:
+                if len(row) != len(names):
+                    raise ValueError(
+                        f"expected {len(names)} fields in line {first} of {path}, got {len(row)}; "
+                        f"quote fields that contain the separator"
+                    )
+                yield first, dict(zip(names, row, strict=True))
+            first = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"expected CSV in line {first} of {path}, got: {error}; mend the line") from error
+
+
 def _records(path: Path, column: str) -> Iterator[tuple[int, Any]]:
-    """(line number, record) pairs; numbers count from 1 as editors do."""
+    """(line number, record) pairs; numbers count from 1 as editors do, a row over several lines by its first."""
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
-        for number, line in enumerate(_decode(path).splitlines(), start=1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except ValueError as error:
-                    raise ValueError(
-                        f"expected JSON in line {number} of {path}, got {line[:60]!r} ({error}); mend the line"
-                    ) from error
+        for number, line in _lines(path):
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"expected JSON in line {number} of {path}, got {line[:60]!r} ({error}); mend the line"
+                ) from error
     elif suffix == ".json":
         try:
             records = json.loads(_decode(path))
@@ -113,21 +139,7 @@ def _records(path: Path, column: str) -> Iterator[tuple[int, Any]]:
             )
         yield from enumerate(records, start=1)
     elif suffix in (".csv", ".tsv"):
-        reader = csv.DictReader(
-            _decode(path).splitlines(keepends=True), delimiter="\t" if suffix == ".tsv" else ",", strict=True
-        )
-        try:
-            for record in reader:
-                if None in record or None in record.values():
-                    raise ValueError(
-                        f"expected {len(reader.fieldnames or ())} fields in line {reader.line_num} of {path}, got "
-                        f"another number; quote fields that contain the separator"
-                    )
-                yield reader.line_num, record
-        except csv.Error as error:
-            raise ValueError(
-                f"expected CSV in line {reader.line_num} of {path}, got: {error}; mend the line"
-            ) from error
+        yield from _table(path, "\t" if suffix == ".tsv" else ",")
     elif suffix == ".parquet":
         try:
             from pyarrow import ArrowException, parquet
@@ -141,9 +153,8 @@ def _records(path: Path, column: str) -> Iterator[tuple[int, Any]]:
             raise ValueError(f"expected a parquet file at {path}, got: {error}; check the file") from error
         yield from enumerate(table.to_pylist(), start=1)
     else:
-        for number, line in enumerate(_decode(path).splitlines(), start=1):
-            if line.strip():
-                yield number, {column: line}
+        for number, line in _lines(path):
+            yield number, {column: line}
 
 
 def _content(record: Any, column: str, path: Path, number: int) -> Content:

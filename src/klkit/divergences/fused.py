@@ -197,26 +197,6 @@ def _coin(a: Float[Tensor, "m v"], p: Float[Tensor, "m v"], ends: tuple[int, ...
 
 
 @torch.no_grad()
-def bernoulli_kl(p: Float[Tensor, " m"], q: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
-    """``p log(p/q) + (1−p) log((1−p)/(1−q))`` in nats, 0 for equal coins and ``+inf`` where q excludes a side.
-
-    Raises:
-        ValueError: a probability is not within [0, 1].
-
-    Example:
-        >>> import torch
-        >>> p, q = torch.tensor([0.5, 0.0, 0.5]), torch.tensor([0.25, 0.5, 1.0])
-        >>> [round(x, 6) for x in bernoulli_kl(p, q).tolist()]
-        [0.143841, 0.693147, inf]
-    """
-    for x in (p, q):
-        if not bool(((x >= 0) & (x <= 1)).all()):
-            raise ValueError(f"expected probabilities within [0, 1], got {float(x.min())} to {float(x.max())}")
-    p, q = widen(p), widen(q)
-    return nonnegative_kl(torch.stack([p.log(), torch.log1p(-p)], -1), torch.stack([q.log(), torch.log1p(-q)], -1))
-
-
-@torch.no_grad()
 def mixture_kl(
     logp: Float[Tensor, "m v"], logq: Float[Tensor, "m v"], log_odds: Float[Tensor, " m"]
 ) -> Float[Tensor, " m"]:

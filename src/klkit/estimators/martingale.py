@@ -13,7 +13,7 @@ end, rather than from the few that ended there. And returns are fitted net of th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -73,7 +73,7 @@ class Fit:
         coefficients: those that each fold applied (fitted on the others), ``(folds, c)``.
         ratio_rb: estimated variance within prompts, relative to Rao-Blackwell's; NaN if that is 0 or infinite.
         ratio_mc: the same relative to Monte Carlo's.
-        notes: why nothing was fitted, if so.
+        notes: why nothing was fitted, or with fewer variates, if so.
         spread: by how much errors exceed what the spread of the contributions says, see :func:`widening`.
     """
 
@@ -130,6 +130,7 @@ def fit(
     reason = obstacle(statistics, plain, fewest)
     if reason is not None:
         return Fit(plain, (), np.zeros((0, 0)), 1.0, ratio(statistics, plain, monte_carlo(statistics)), (reason,))
+    statistics, notes = usable(statistics)
     fold = deal(statistics.x.cluster.numpy(), folds, seed)
     members = [np.flatnonzero(fold == k) for k in range(fold.max() + 1)]
     sums, parts = zip(*(accumulate(statistics.select(torch.from_numpy(strings))) for strings in members), strict=True)
@@ -145,6 +146,7 @@ def fit(
         theta,
         ratio(statistics, contributions, plain),
         ratio(statistics, contributions, monte_carlo(statistics)),
+        notes,
         spread=float(np.mean([widening(moments, pick) for moments, pick in zip(rest, chosen, strict=True)])),
     )
 
@@ -163,6 +165,16 @@ def obstacle(statistics: TokenStatistics, plain: Array, fewest: int) -> str | No
     if not (np.isfinite(plain).all() and bool(torch.isfinite(statistics.log_ratio).all())):
         return "no control variates (rb_cv is plain rb): a decision's divergence or log-ratio is infinite"
     return None
+
+
+def usable(statistics: TokenStatistics) -> tuple[TokenStatistics, tuple[str, ...]]:
+    """Without the token features that are infinite or undefined somewhere, which would spoil all; and a note if any."""
+    good = torch.isfinite(statistics.features).all(0)
+    left_out = int((~good).sum())
+    if not left_out:
+        return statistics, ()
+    note = f"rb_cv goes without {left_out} of its {len(good)} token features: not a finite number at every decision"
+    return replace(statistics, features=statistics.features[:, good]), (note,)
 
 
 def deal(cluster: NDArray[np.int64], folds: int, seed: int) -> NDArray[np.int64]:

@@ -7,7 +7,7 @@ subtracted from any estimate without moving its mean.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -21,6 +21,7 @@ from klkit.estimators.statistics import TokenStatistics
 
 Array = NDArray[np.float64]
 
+OUTLYING = 1000.0  # a row of an embedding this many times longer than the typical one was never trained
 ROWS = 4096  # rows of an embedding widened at a time
 SKETCH = 256  # columns up to which the principal components are exact
 ITERATIONS = 4  # of subspace iteration beyond that
@@ -31,6 +32,9 @@ def token_features(embedding: Float[Tensor, "v e"], count: int = 16) -> Float[Te
 
     Equal embeddings give equal features: signs are fixed, and so is the start of the subspace iteration by which
     tables of more than 256 columns are reduced (N. Halko, P.-G. Martinsson and J. Tropp, 2009, arXiv 0909.4061).
+
+    Rows that hold infinities or not-a-numbers, or that are absurdly long, as the unused rows at the end of a padded
+    table may be, count as the mean: their features are 0, and they have no part in the components.
 
     Args:
         embedding: one vector a token.
@@ -44,7 +48,12 @@ def token_features(embedding: Float[Tensor, "v e"], count: int = 16) -> Float[Te
         torch.Size([5, 3])
     """
     table = embedding.detach().cpu()
-    mean = torch.stack([rows.double().sum(0) for rows in torch.split(table, ROWS)]).sum(0) / len(table)
+    length = torch.cat([rows.double().norm(dim=1) for rows in torch.split(table, ROWS)])
+    usable = length.isfinite()
+    if bool((usable & (length > 0)).any()):
+        usable &= length <= OUTLYING * length[usable & (length > 0)].median()
+    zero = torch.zeros(table.shape[1], dtype=torch.float64)
+    mean = torch.stack([rows.sum(0) for rows in _centred(table, usable, zero)]).sum(0) / usable.sum().clamp(min=1)
     width = table.shape[1]
     # Any table gives valid variates, so of a wide one the leading components need not be exact: subspace iteration.
     axes = torch.eye(width, dtype=torch.float64)
@@ -52,21 +61,26 @@ def token_features(embedding: Float[Tensor, "v e"], count: int = 16) -> Float[Te
         start = torch.randn(width, 2 * count, dtype=torch.float64, generator=rng.stream(0, "token features"))
         axes = torch.linalg.qr(start).Q
         for _ in range(ITERATIONS):
-            axes = torch.linalg.qr(_covariance(table, mean, axes)).Q
-    variance, inner = torch.linalg.eigh(axes.T @ _covariance(table, mean, axes))
+            axes = torch.linalg.qr(_covariance(table, usable, mean, axes)).Q
+    variance, inner = torch.linalg.eigh(axes.T @ _covariance(table, usable, mean, axes))
     order = variance.argsort(descending=True)[:count]
     order = order[variance[order] > 1e-10 * variance.max().clamp(min=1e-300)]
     axes = axes @ inner[:, order]
     largest = axes.abs().argmax(0)
     axes = axes * axes[largest, torch.arange(len(order))].sign() / variance[order].sqrt()
-    return torch.cat([((rows.double() - mean) @ axes).float() for rows in torch.split(table, ROWS)])
+    return torch.cat([(centred @ axes).float() for centred in _centred(table, usable, mean)])
 
 
-def _covariance(table: Tensor, mean: Tensor, axes: Tensor) -> Tensor:
-    """Covariance of the rows of ``table`` times ``axes``, without a copy of the table."""
+def _centred(table: Tensor, usable: Tensor, mean: Tensor) -> Iterator[Tensor]:
+    """The rows of ``table`` less their mean, some at a time: no copy of the table is made."""
+    for rows, good in zip(torch.split(table, ROWS), torch.split(usable, ROWS), strict=True):
+        yield torch.where(good[:, None], rows.double() - mean, 0.0)
+
+
+def _covariance(table: Tensor, usable: Tensor, mean: Tensor, axes: Tensor) -> Tensor:
+    """Covariance of the rows of ``table`` times ``axes``."""
     total = torch.zeros_like(axes)
-    for rows in torch.split(table, ROWS):
-        centred = rows.double() - mean
+    for centred in _centred(table, usable, mean):
         total += centred.T @ (centred @ axes)
     return total / len(table)
 

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from klkit.results import ESTIMANDS
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -30,27 +32,34 @@ STYLE: dict[Any, Any] = {
 
 
 def estimators_figure(result: Mapping[str, Any]) -> str:
-    """Every per-response estimate with its interval, in the order of the table."""
-    rows = [r for r in result["estimates"] if r["estimand"] == result["headline"]["estimand"]]
+    """Every estimate of the headline's quantity, in its direction, with its interval, in the order of the table."""
+    head = result["headline"]
+    rows = [r for r in result["estimates"] if all(r[key] == head[key] for key in ("estimand", "direction"))]
     with _figure(5.2, 0.6 + 0.32 * len(rows)) as canvas:
         axes = canvas.axes
         for i, row in enumerate(reversed(rows)):
             value, lower, upper = (float(v) for v in (row["value"], row["ci"]["lower"], row["ci"]["upper"]))
             if not np.isfinite(value):
                 continue
-            chosen = row["method"] == result["headline"]["method"]
+            chosen = row["method"] == head["method"]  # estimand and direction are the headline's in every row
             colour = BLUE if chosen else GREY
             if np.isfinite([lower, upper]).all():
                 axes.plot([lower, upper], [i, i], color=colour, lw=2.5 if chosen else 1.5, solid_capstyle="round")
             axes.plot([value], [i], "o", color=colour, ms=5)
         axes.set_yticks(range(len(rows)), [r["method"] for r in reversed(rows)])
-        axes.set_xlabel(f"{result['headline']['direction']}, {result['headline']['unit']} per response")
+        axes.set_xlabel(f"{head['direction']}, {head['unit']} {ESTIMANDS[head['estimand']]}")
         axes.set_ylim(-0.6, len(rows) - 0.4)
         return canvas.svg()
 
 
-def position_figure(parts: Sequence[Mapping[str, Any]]) -> str:
-    """Mean KL of a decision by its position, with ±2 standard errors; the end-token part beneath."""
+def position_figure(parts: Sequence[Mapping[str, Any]], counted: str = "responses") -> str:
+    """Mean KL of a decision by its position, with ±2 standard errors; the end-token part beneath.
+
+    Args:
+        counted: what the strings are: ``"responses"``, or ``"windows"`` of a given text.
+    """
+    from matplotlib.ticker import MaxNLocator
+
     middle = [(part["start"] + part["stop"] - 1) / 2 + 1 for part in parts]
     kl = np.array([part["kl"] for part in parts])
     error = 2 * np.nan_to_num(np.array([float(part["stderr"]) for part in parts]))
@@ -59,15 +68,20 @@ def position_figure(parts: Sequence[Mapping[str, Any]]) -> str:
         axes.fill_between(middle, kl - error, kl + error, color=BLUE, alpha=0.18, lw=0)
         axes.plot(middle, kl, color=BLUE, lw=1.5, label="all tokens")
         axes.plot(middle, [part["end_kl"] for part in parts], color=ORANGE, lw=1.5, label="whether to end")
-        axes.set_xlabel("position in the response")
+        axes.set_xlabel(f"position in the {counted.removesuffix('s')}")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("nats per decision")
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
         return canvas.svg()
 
 
-def strings_figure(strings: Mapping[str, Any]) -> str:
-    """Histogram of the per-string sums: exact next-token KLs (RB) over log-ratios (MC)."""
+def strings_figure(strings: Mapping[str, Any], counted: str = "responses") -> str:
+    """Histogram of the per-string sums: exact next-token KLs (RB) over log-ratios (MC).
+
+    Args:
+        counted: what the strings are: ``"responses"``, or ``"windows"`` of a given text.
+    """
     edges = np.array(strings["edges"])
     with _figure(7.2, 2.4) as canvas:
         axes = canvas.axes
@@ -76,8 +90,8 @@ def strings_figure(strings: Mapping[str, Any]) -> str:
             strings["rb"], edges, color=BLUE, fill=True, alpha=0.55, label=f"sum of KLs (RB), sd {strings['sd_rb']:.3g}"
         )
         axes.axvline(strings["mean"], color=ORANGE, lw=1.2, label="mean")
-        axes.set_xlabel("nats per response")
-        axes.set_ylabel("responses")
+        axes.set_xlabel(f"nats per {counted.removesuffix('s')}")
+        axes.set_ylabel(counted)
         axes.legend(frameon=False)
         return canvas.svg()
 

@@ -184,7 +184,7 @@ class RunFolder:
         """
         folder = cls(path)
         if resume and path.exists():
-            folder.check_same_run(config)
+            folder.check_same_run(config, env)
         elif path.exists() and any(path.iterdir()):
             raise RunFolderError(
                 f"expected an empty or new folder for --out, got {path}, which holds files; "
@@ -208,9 +208,19 @@ class RunFolder:
             raise RunFolderError(f"expected a finished run with a {RESULT} in {path}, got {state}")
         return cls(path)
 
-    def check_same_run(self, config: Mapping[str, Any]) -> None:
-        """Refuse to resume a run whose options would give other strings."""
-        before = self.config()
+    def check_same_run(self, config: Mapping[str, Any], env: Mapping[str, Any]) -> None:
+        """Refuse to resume a run whose options, models or prompts would give other strings or numbers."""
+        before, past = self.config(), self.environment()
+        changed = [
+            what
+            for what, key in (("models", "models"), ("prompts", "contexts"), ("files", "files"))
+            if _plain(past.get(key)) != _plain(env.get(key))
+        ]
+        if changed:
+            raise RunFolderError(
+                f"expected the models and prompts that the run in {self.path} was started with, got other "
+                f"{' and '.join(changed)} under the same names; restore them, or choose another --out"
+            )
         differing = [
             f"{key}: {before.get(key)!r} then, {config.get(key)!r} now"
             for key in dict.fromkeys((*before, *config))
@@ -237,6 +247,15 @@ class RunFolder:
                 f"this folder cannot be resumed, choose another"
             )
         return config
+
+    def environment(self) -> dict[str, Any]:
+        """What env.json recorded when the run was started."""
+        try:
+            return dict(json.loads((self.path / ENV).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise RunFolderError(
+                f"expected a readable {ENV} in {self.path}, got: {error}; this folder cannot be resumed, choose another"
+            ) from error
 
     def result(self) -> dict[str, Any]:
         """The result of a finished run, as it was written."""
@@ -284,15 +303,15 @@ class RunFolder:
             write_text(self.path / SAMPLES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     def samples(self) -> list[dict[str, Any]]:
-        """The lines of samples.jsonl; a last line that a crash cut off is left out."""
+        """The lines of samples.jsonl but for broken ones, such as a last line that a crash cut off."""
         path = self.path / SAMPLES
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         found = []
-        for line in lines:
+        # Bytes, since a crash may have cut a character in two; b"\n", since texts may hold Unicode's other line ends.
+        for line in path.read_bytes().split(b"\n") if path.exists() else []:
             try:
                 found.append(json.loads(line))
             except ValueError:
-                break
+                continue  # whoever counts the lines finds one missing, wherever it stood
         return found
 
     def finish(self, whole: Batch, result: Mapping[str, Any], texts: Mapping[int, str]) -> None:
@@ -325,3 +344,8 @@ class RunFolder:
                 f"expected a readable {TENSORS} in {self.path}, got: {error}; repeat the run with "
                 f"klkit run {self.path / CONFIG}"
             ) from error
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as it reads after a trip through JSON."""
+    return json.loads(json.dumps(value))
