@@ -42,6 +42,7 @@ class Estimate:
         infinite: decisions at which ``q`` excludes a token that ``p`` allows.
         notes: whatever a reader must be told beside the number.
         unit: ``"nats"`` or ``"bits"``, for printing.
+        prompts: different prompts behind the strings; 0 if not known, and then the clusters stand for them.
         spread: by how much errors exceed what the spread of the contributions says (fitted coefficients).
 
     Raises:
@@ -69,6 +70,7 @@ class Estimate:
     notes: tuple[str, ...] = ()
     unit: str = "nats"
     spread: float = 1.0
+    prompts: int = 0
     _totals: tuple[NDArray[np.float64], NDArray[np.float64]] = field(init=False, repr=False, compare=False)
     _intervals: dict[float, Interval] = field(init=False, repr=False, default_factory=dict)
 
@@ -142,6 +144,7 @@ class Estimate:
             truncated=sum(e.truncated * e.n for e in parts) / n,
             infinite=sum(e.infinite for e in parts),
             spread=max(e.spread for e in parts),
+            prompts=0 if any(e.prompts == e.clusters for e in parts) else max(e.prompts for e in parts),
             notes=tuple(dict.fromkeys(note for e in parts for note in e.notes)),
         )
 
@@ -163,7 +166,8 @@ class Estimate:
                 "method": interval.method,
             },
             "n_sequences": self.n,
-            "n_prompts": self.clusters,
+            "n_prompts": self.prompts or self.clusters,
+            "n_clusters": self.clusters,
             "truncated_share": self.truncated,
             "infinite": self.infinite,
             "notes": list(self.notes),
@@ -229,6 +233,7 @@ class Comparison:
         lines: short statements for a terminal or a page, by name.
         sentence: the headline in one sentence.
         notes: what a reader must be told beside the numbers.
+        roles: the model that wrote the strings, and the one it is compared with: ``("q", "p")`` in reverse.
     """
 
     headline: Estimate
@@ -244,6 +249,7 @@ class Comparison:
     lines: Mapping[str, str]
     sentence: str
     notes: tuple[str, ...] = ()
+    roles: tuple[str, str] = ("p", "q")
 
     @property
     def failed(self) -> bool:
@@ -253,7 +259,8 @@ class Comparison:
     @property
     def variance_ratio_vs_mc(self) -> dict[str, float]:
         """Variance of each per-response estimator over that of Monte Carlo, from the same strings."""
-        errors = {e.method: e.stderr for e in self.estimates if e.estimand == "S"}
+        same = [e for e in self.estimates if e.estimand == "S" and e.direction == self.headline.direction]
+        errors = {e.method: e.stderr for e in same}
         mc = errors.get("mc", math.nan)
         return {method: (error / mc) ** 2 for method, error in errors.items()} if mc > 0 else {}
 
@@ -261,6 +268,7 @@ class Comparison:
         """The result as plain JSON values under a versioned schema; divergences in the printing unit."""
         return {
             "schema": SCHEMA,
+            "roles": list(self.roles),
             "sentence": self.sentence,
             "headline": self.headline.to_dict(),
             "estimates": [estimate.to_dict() for estimate in self.estimates],

@@ -160,9 +160,9 @@ def test_strings_of_a_declared_other_law_are_exempt_and_told_what_they_are_worth
 
 def test_exact_zeros_are_reported_unless_meant():
     statistics = score(P, P, RIGHT)
-    assert audit(statistics)["exact_zero_share"].verdict == "warn"
-    assert "adapter" in audit(statistics)["exact_zero_share"].advice
-    assert audit(statistics, same=True)["exact_zero_share"].verdict == "pass"
+    assert audit(statistics)["no_difference_share"].verdict == "warn"
+    assert "adapter" in audit(statistics)["no_difference_share"].advice
+    assert audit(statistics, same=True)["no_difference_share"].verdict == "pass"
     assert audit(statistics).passed
     assert audit(statistics)["log_ratio_z"].value == 0
 

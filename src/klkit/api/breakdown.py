@@ -30,7 +30,7 @@ def breakdown(statistics: TokenStatistics, pieces: Callable[[Sequence[int]], lis
     kl = rows.kl.double().numpy()
     if not np.isfinite(kl).all():
         # Shares and means of an infinite total say nothing; the infinite positions are listed elsewhere.
-        return {"by_position": [], "tokens": [], "strings": {}, "end": {}}
+        return no_breakdown()
     end_kl = rows.end_kl.double().numpy()
     total = float(kl.sum())
     return {
@@ -45,6 +45,11 @@ def breakdown(statistics: TokenStatistics, pieces: Callable[[Sequence[int]], lis
             "end_nats_per_response": float(end_kl.sum()) / len(x),
         },
     }
+
+
+def no_breakdown() -> dict[str, Any]:
+    """A breakdown of nothing, for divergences that have none."""
+    return {"by_position": [], "tokens": [], "strings": {}, "end": {}}
 
 
 def position_bins(longest: int) -> list[tuple[int, int]]:

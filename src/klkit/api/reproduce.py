@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from klkit.api.prepare import load_models, make_plan, prepare, resolved
 from klkit.api.prompts import read_prompts
-from klkit.api.run import draw_strings, load_models, make_plan, prepare
+from klkit.api.run import draw_strings
 from klkit.api.settings import Settings
 from klkit.api.strings import Observer
 from klkit.estimators import ESTIMATORS
@@ -78,12 +79,12 @@ class Table:
     Attributes:
         rows: a row for each estimator and size.
         per_prompt: method to the standard deviation of each prompt's single-string estimate, ``(k,)``.
-        exact: the rows' common target where it is known, else the pool's RB mean.
+        prompts: how many prompts.
     """
 
     rows: tuple[Row, ...]
     per_prompt: dict[str, Array]
-    exact: float
+    prompts: int
 
     def to_csv(self) -> str:
         """The rows as CSV."""
@@ -138,7 +139,7 @@ def estimator_table(statistics: TokenStatistics, *, sizes: Sequence[int] = SIZES
             rows.append(summarise_spread(method, size, estimates, seed))
             if size == sizes[0]:
                 per_prompt[method] = estimates.std(0, ddof=1)
-    return Table(tuple(rows), per_prompt, float(ESTIMATORS["rb"](statistics).mean()))
+    return Table(tuple(rows), per_prompt, len(labels))
 
 
 def summarise_spread(method: str, size: int, estimates: Array, seed: int) -> Row:
@@ -181,7 +182,7 @@ def reproduce_estimators(
     Raises:
         ValueError: as :func:`klkit.api.run.run` and :func:`estimator_table`.
     """
-    settings = Settings(p=p_spec, q=q_spec, prompts=prompts, samples=pool, max_tokens=max_tokens, seed=seed)
+    settings = resolved(Settings(p=p_spec, q=q_spec, prompts=prompts, samples=pool, max_tokens=max_tokens, seed=seed))
     chosen = Prompts(read_prompts(prompts).contents[:count])
     pair = prepare(*load_models(settings), settings)
     plan, _ = make_plan(pair, settings, chosen)

@@ -87,15 +87,30 @@ class Settings:
             )
         if self.rtol is not None and not 0 < self.rtol < 1:
             raise ValueError(f"expected rtol between 0 and 1, got {self.rtol}; 0.05 asks for ± 5 %")
-        if self.text is not None and (self.prompts is not None or self.divergence != "kl" or self.rtol is not None):
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Refuse options that the chosen quantity would have to ignore."""
+        default = {f.name: f.default for f in fields(self)}
+
+        def given(*names: str) -> list[str]:
+            return [name for name in names if getattr(self, name) != default[name]]
+
+        if self.text is None:
+            idle, why = given("context"), "windows are cut from --text only"
+        else:
+            idle = given("prompts", "divergence", "rtol", "samples", "max_tokens", "method")
+            idle += ["floor"] if self.floor == "dtype" else []
+            why = "with --text nothing is sampled: every token of the text is scored once, exactly"
+        if self.divergence in ("js", "jeffreys"):
+            idle += given("rtol") + (["floor"] if self.floor == "dtype" else [])
+            idle += ["method"] if self.method not in ("rb", "rb_cv") else []
+            why = f"{self.divergence} is put together from two runs of fixed size, by rb (jeffreys: also by rb_cv)"
+        if idle:
+            named = ", ".join(f"{name}={getattr(self, name)!r}" for name in idle)
             raise ValueError(
-                "expected --text alone: fixed text has no prompts, no samples of q and nothing to stop early; "
-                "drop --prompts, --divergence and --rtol, or drop --text to sample strings"
-            )
-        if self.divergence in ("js", "jeffreys") and self.method != "rb" and self.method != "rb_cv":
-            raise ValueError(
-                f"expected method rb for the divergence {self.divergence}, got {self.method}; the other "
-                f"estimators exist for kl and reverse_kl only"
+                f"expected only options that have an effect, got {named}, but {why}; "
+                f"leave {'it' if len(idle) == 1 else 'them'} out"
             )
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,10 @@ class Plan:
     samples: int
     max_tokens: int
     seed: int
+
+    def swapped(self) -> Plan:
+        """The same plan for the pair seen from ``q``."""
+        return replace(self, contexts_p=self.contexts_q, contexts_q=self.contexts_p)
 
     @property
     def total(self) -> int:

@@ -19,12 +19,10 @@ class Windows:
 
     Attributes:
         x: each window's context and scored tokens; the cluster is the unit of the interval.
-        unit: that unit, in words.
         notes: what a reader must know about the cutting.
     """
 
     x: Sequences
-    unit: str
     notes: tuple[str, ...]
 
 
@@ -42,6 +40,8 @@ def cut(documents: Sequence[str], tokenise: Callable[[str], Int[Tensor, " l"]], 
     Raises:
         ValueError: no document has two tokens.
     """
+    if size < 2:
+        raise ValueError(f"expected windows of at least two tokens, got {size}; raise --context")
     contexts, completions, document_of = [], [], []
     left_out = 0
     for number, document in enumerate(documents):
@@ -76,4 +76,4 @@ def cut(documents: Sequence[str], tokenise: Callable[[str], Int[Tensor, " l"]], 
         prompt=document_of,
         cluster=document_of if many else list(range(len(contexts))),
     )
-    return Windows(x, "documents" if many else "windows", tuple(notes))
+    return Windows(x, tuple(notes))

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from klkit.api.prepare import MEMORY, load_models, resolved
 from klkit.api.prompts import read_prompts
-from klkit.api.run import load_models, measure
+from klkit.api.run import measure, run
 from klkit.api.settings import Settings
 from klkit.api.strings import Observer
 from klkit.models.base import LanguageModel
@@ -51,22 +52,27 @@ def estimate(
         >>> result.headline.method, result.audit["passed"]
         ('rb_cv', True)
     """
+    folder = None if out is None else Path(out)
     settings = Settings.from_mapping({"p": _name(p), "q": _name(q), **options})
     if isinstance(prompts, str):
-        settings = replace(settings, prompts=prompts)
-        prompts = read_prompts(prompts, settings.column)
-    elif prompts is not None and not isinstance(prompts, Prompts):
-        prompts = Prompts(tuple(prompts))
-    if isinstance(p, str) and isinstance(q, str):
-        p, q = load_models(settings)
-    elif isinstance(p, str) or isinstance(q, str):
+        settings, prompts = replace(settings, prompts=prompts), None
+    named = isinstance(p, str) and isinstance(q, str)
+    if not named and (isinstance(p, str) or isinstance(q, str)):
         raise TypeError(
             f"expected two specifications or two models, got {type(p).__name__} and {type(q).__name__}; "
             f"load both with klkit.load"
         )
-    return measure(
-        p, q, settings, prompts=prompts, out=None if out is None else Path(out), resume=resume, observe=observe
-    )
+    if named and prompts is None:
+        return run(settings, out=folder, resume=resume, observe=observe)
+    if isinstance(p, str) or isinstance(q, str):
+        settings = resolved(settings)
+        p, q = load_models(settings)
+    if settings.prompts is not None:
+        prompts = read_prompts(settings.prompts, settings.column)
+    elif prompts is not None:
+        prompts = prompts if isinstance(prompts, Prompts) else Prompts(tuple(prompts))
+        settings = replace(settings, prompts=f"{MEMORY}{len(prompts)} prompts")
+    return measure(p, q, settings, prompts=prompts, out=folder, resume=resume, observe=observe)
 
 
 def _name(model: LanguageModel | str) -> str:

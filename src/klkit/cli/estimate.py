@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -235,9 +236,12 @@ def carry_out(settings: Any, out: Path | None, json_path: str | None, resume: bo
             result = run(settings, out=folder, resume=resume, observe=watcher.observe)
         except KeyboardInterrupt:
             watcher.close()
-            command = f"klkit run {folder / 'config.yaml'} --out {folder} --resume"
-            kept = f"{watcher.last.strings} strings are kept" if watcher.last else "nothing was drawn yet"
-            print(f"\nklkit: interrupted; {kept}. Continue with:\n  {command}", file=sys.stderr)
+            if watcher.last is None:
+                print("\nklkit: interrupted before anything was drawn", file=sys.stderr)
+            else:
+                command = f"klkit run {quote(str(folder / 'config.yaml'))} --out {quote(str(folder))} --resume"
+                kept = f"{watcher.last.strings} strings are kept"
+                print(f"\nklkit: interrupted; {kept}. Continue with:\n  {command}", file=sys.stderr)
             sys.exit(INTERRUPTED)
     if json_path is not None:
         write_json(result.to_dict(), json_path)
@@ -252,7 +256,8 @@ def write_json(result: Mapping[str, Any], target: str) -> None:
     """Write the result to a file, whole or not at all, or to standard output."""
     import json
 
-    text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
+    # Plain ASCII: token texts may hold characters that a terminal would obey.
+    text = json.dumps(result, indent=2, allow_nan=False)
     if target == "-":
         print(text)
     else:

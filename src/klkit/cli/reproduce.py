@@ -45,7 +45,7 @@ def reproduce_command(
         )
     typer.echo(
         f"KL(p‖q) in nats per response of at most {max_tokens} tokens; p = {p}, q = {q}; "
-        f"{count} prompts, {pool} strings each\n"
+        f"{table.prompts} prompts, {pool} strings each\n"
     )
     typer.echo(table.to_markdown())
     typer.echo(f"\nsaved in {out}")

@@ -49,7 +49,7 @@ def show_result(comparison: Comparison, folder: Path | None, console: Console | 
     result = comparison.to_dict()
     head = result["headline"]
     console.print()
-    console.print(escape(result["sentence"]), style="bold" if result["audit"]["passed"] else "bold red")
+    console.print(escape(printable(result["sentence"])), style="bold" if result["audit"]["passed"] else "bold red")
     console.print()
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     ratios = result["variance_ratio_vs_mc"]
@@ -60,15 +60,17 @@ def show_result(comparison: Comparison, folder: Path | None, console: Console | 
     table.add_column(f"{head['ci']['level']:.0%} interval")
     table.add_column("var/MC" if ratios else "", justify="right")
     for row in result["estimates"]:
-        chosen = (row["method"], row["estimand"]) == (head["method"], head["estimand"])
+        chosen = all(row[key] == head[key] for key in ("method", "estimand", "direction"))
+        same = row["direction"] == head["direction"]
+        label = LABELS.get(row["method"], row["method"])
         lower, upper = number(row["ci"]["lower"]), number(row["ci"]["upper"])
         table.add_row(
-            LABELS.get(row["method"], row["method"]),
+            label if same else f"{label}, {row['direction']}",
             {"S": "response", "R": "token", "F": "token"}[row["estimand"]],
             number(row["value"]),
             number(row["stderr"]),
             "none" if lower == "–" else f"{lower} to {upper}",
-            number(ratios[row["method"]]) if row["estimand"] == "S" and row["method"] in ratios else "",
+            number(ratios[row["method"]]) if same and row["estimand"] == "S" and row["method"] in ratios else "",
             style="bold" if chosen else "",
         )
     console.print(table)

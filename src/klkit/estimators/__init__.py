@@ -96,6 +96,7 @@ def summarise(
         weights=weights,
         cluster=x.cluster.numpy(),
         spread=spread,
+        prompts=len(set(x.prompt.tolist())),
         truncated=0.0 if given else 1 - float(x.finished.double().mean()),
         infinite=int(infinite.sum()),
         notes=(*notes, *remarks(statistics, contributions, given=given, infinite=int(infinite.sum()))),

@@ -59,6 +59,7 @@ def jensen_shannon(forward: TokenStatistics, backward: TokenStatistics, *, estim
                 weights=ones if estimand == "S" else prefix_sums(statistics, torch.ones(statistics.x.decisions)),
                 cluster=statistics.x.cluster.numpy(),
                 truncated=1 - float(statistics.x.finished.double().mean()),
+                prompts=len(set(statistics.x.prompt.tolist())),
             )
         )
     return combine(*halves, share=0.5, divergence="js", direction="JS(p, q)")
@@ -119,4 +120,5 @@ def combine(forward: Estimate, backward: Estimate, *, share: float, divergence: 
         notes=tuple(dict.fromkeys(forward.notes + backward.notes)),
         unit=forward.unit,
         spread=max(run.spread for run in runs),
+        prompts=forward.prompts,
     )

@@ -8,6 +8,7 @@ token is predicted from a fresh reading of the whole string instead: slower, and
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -111,6 +112,16 @@ class HuggingFaceModel:
                 f"shorten the prompt or leave it out"
             )
         return ids
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells these weights from others: a hash over names, shapes and some values of every parameter."""
+        found = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            flat = value.detach().reshape(-1)
+            some = flat[:: max(1, len(flat) // 64)][:64].float().cpu()
+            found.update(f"{name}{tuple(value.shape)}{some.tolist()}".encode())
+        return found.hexdigest()[:16]
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """Each token as readable text; bytes that are no complete character are escaped."""

@@ -59,6 +59,8 @@ def render(result: Mapping[str, Any], whole: Batch, texts: Mapping[int, str], sa
         figure_strings=strings_figure(parts["strings"]) if parts["strings"] else "",
         strings=strings,
         shades=SHADES,
+        first=result["roles"][0],
+        second=result["roles"][1],
         shade_limit=shade_limit(whole),
         samples=[] if strings else samples[:20],
         data=embed({"top": [s["top"] for s in strings], "texts": {str(i): printable(t) for i, t in texts.items()}}),

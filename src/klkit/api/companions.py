@@ -1,0 +1,109 @@
+"""Companions of the divergence: other quantities of the same pass, and the rows that users of llama.cpp know."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from klkit.api.words import interval_text
+from klkit.estimators.statistics import TokenStatistics
+from klkit.results import Estimate, jsonable
+from klkit.stats.intervals import cluster_totals, ratio_interval, ratio_stderr
+from klkit.stats.quantiles import quantile_interval
+
+TEXT_QUANTILES = (0.5, 0.99, 0.999)
+
+
+def describe_floor(values: Float[Tensor, " k"], kind: str, wanted: str) -> dict[str, Any]:
+    """Mean and standard error of the per-string floor, in nats; empty when it was not asked for."""
+    if wanted == "none" or not len(values):
+        return {"kind": "not measured", "value": "nan", "stderr": "nan", "n": 0, "unit": "nats"}
+    x = values.double()
+    error = float(x.std() / len(x) ** 0.5) if len(x) > 1 else math.nan
+    return {"kind": kind, "value": jsonable(float(x.mean())), "stderr": jsonable(error), "n": len(x), "unit": "nats"}
+
+
+def per_token(statistics: TokenStatistics, roles: tuple[str, str] = ("p", "q")) -> dict[str, Any]:
+    """Companions of the divergence at the same decisions, per token, with clustered errors, by the models' names."""
+    first, second = roles
+    rows, x = statistics.rows, statistics.x
+    lengths = x.lengths.double().numpy()
+    cluster = x.cluster.numpy()
+    columns = {
+        f"entropy_{first}": rows.entropy_p,
+        f"entropy_{second}": rows.entropy_q,
+        f"reverse_kl_at_{first}": rows.reverse_kl,
+        "total_variation": rows.total_variation,
+        "same_top": rows.same_top.double(),
+    }
+    found: dict[str, Any] = {}
+    for name, values in columns.items():
+        totals, weights = cluster_totals(statistics.per_string(values).numpy(), lengths, cluster)
+        with np.errstate(invalid="ignore"):
+            mean, error = float(totals.sum() / weights.sum()), ratio_stderr(totals, weights)
+        found[name] = {"value": jsonable(mean), "stderr": jsonable(error)}
+    totals, weights = cluster_totals(lengths, np.ones(len(lengths)), cluster)
+    found["mean_length"] = {"value": float(lengths.mean()), "stderr": jsonable(ratio_stderr(totals, weights))}
+    return found
+
+
+def text_rows(statistics: TokenStatistics, headline: Estimate) -> list[dict[str, Any]]:
+    """Mean, median, 99 and 99.9 %, largest and same-top-1 of the per-token KL, each with its error."""
+    kl = statistics.rows.kl.double().numpy()
+    cluster = statistics.x.cluster[statistics.x.row()].numpy()
+    scale = headline.in_unit(1.0)
+    interval = headline.interval()
+    rows = [
+        {
+            "name": "mean",
+            "value": jsonable(headline.in_unit(headline.value)),
+            "lower": jsonable(headline.in_unit(interval.lower)),
+            "upper": jsonable(headline.in_unit(interval.upper)),
+            "method": interval.method,
+        }
+    ]
+    for level in TEXT_QUANTILES:
+        quantile, found = quantile_interval(kl, cluster, level)
+        rows.append(
+            {
+                "name": "median" if level == 0.5 else f"{level * 100:g} %",
+                "value": jsonable(quantile * scale),
+                "lower": jsonable(found.lower * scale),
+                "upper": jsonable(found.upper * scale),
+                "method": found.method,
+            }
+        )
+    largest = jsonable(float(kl.max()) * scale)
+    rows.append(
+        {
+            "name": "largest",
+            "value": largest,
+            "lower": largest,
+            "upper": "inf",
+            "method": "of this text; other text may exceed it",
+        }
+    )
+    agree = cluster_totals(
+        statistics.per_string(statistics.rows.same_top.double()).numpy(),
+        statistics.x.lengths.double().numpy(),
+        statistics.x.cluster.numpy(),
+    )
+    share = ratio_interval(*agree)
+    rows.append(
+        {
+            "name": "same top-1",
+            "value": float(agree[0].sum() / agree[1].sum()),
+            "lower": jsonable(float(np.clip(share.lower, 0, 1))),
+            "upper": jsonable(float(np.clip(share.upper, 0, 1))),
+            "method": share.method,
+        }
+    )
+    for row in rows:
+        row["text"] = (
+            f"{float(row['value']):.4g}   {interval_text(float(row['lower']), float(row['upper']), str(row['method']))}"
+        )
+    return rows

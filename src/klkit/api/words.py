@@ -1,0 +1,131 @@
+"""Results in words: one sentence, and one statement a line beside the table."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from klkit.results import Estimate
+from klkit.stats.planning import plan
+
+ODDS = 20.0  # a likelihood-ratio observer's odds in the plain-language line
+FINE = 0.01  # relative half-width that the plan line plans for
+
+
+def say(headline: Estimate, models: str, source: str) -> str:
+    """The headline as one sentence that names estimand, direction, unit, interval method and n."""
+    per = {"S": "nats per response", "R": "nats per token", "F": "nats per token of this text"}[headline.estimand]
+    per = per.replace("nats", headline.unit)
+    value = headline.in_unit(headline.value)
+    interval = headline.interval()
+    if math.isnan(interval.lower):
+        width = interval_text(math.nan, math.nan, interval.method)
+    else:
+        lower, upper = headline.in_unit(interval.lower), headline.in_unit(interval.upper)
+        method = f"({interval.method}, {headline.clusters} clusters)"
+        width = f"{interval.level:.0%} interval {lower:.4g} to {upper:.4g} {method}"
+    return f"{headline.direction} = {value:.4g} {per}, {width}; {models}; {headline.method} {source}."
+
+
+def interval_text(lower: float, upper: float, method: str) -> str:
+    """An interval and its method in words, or why there is none."""
+    if math.isnan(lower):
+        return f"no interval ({method.removeprefix('none (').removesuffix(')')})"
+    return f"{lower:.4g} to {upper:.4g} ({method})"
+
+
+def renamed(audited: Mapping[str, Any], roles: tuple[str, str]) -> dict[str, Any]:
+    """An audit whose advice calls the models by their names in the run: a reverse run draws its strings from q."""
+    if roles == ("p", "q"):
+        return dict(audited)
+    names = {"p": roles[0], "q": roles[1]}
+
+    def say_right(text: str) -> str:
+        return re.sub(r"\b[pq]\b", lambda found: names[found.group()], text)
+
+    checks = {name: {**check, "advice": say_right(check["advice"])} for name, check in audited["checks"].items()}
+    return {**audited, "exempt": say_right(audited["exempt"]), "checks": checks}
+
+
+def both_audits(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Two audits as one record, each check named after the model whose strings it looked at."""
+    checks = {
+        f"{name} (strings of {role})": check
+        for role, part in (("p", first), ("q", second))
+        for name, check in part["checks"].items()
+    }
+    exempt = first["exempt"] or second["exempt"]
+    return {"passed": first["passed"] and second["passed"], "exempt": exempt, "checks": checks}
+
+
+def plan_line(headline: Estimate) -> str | None:
+    """How precise the estimate is, and what it would take to be precise to one per cent; None if nothing follows."""
+    interval, value = headline.interval(), headline.value
+    if headline.estimand != "S" or not (math.isfinite(value) and value > 0 and interval.upper > interval.lower):
+        return None
+    needed = plan(headline.contributions, headline.weights, headline.cluster, rtol=FINE)
+    each = headline.n / headline.clusters
+    what = f"{needed.prompts:,} responses" if each == 1 and headline.prompts < 2 else f"{needed.prompts:,} prompts"
+    now = (interval.upper - interval.lower) / 2 / value
+    return f"± {now:.1%} with {headline.n} responses; ± {FINE:.0%} would take about {what}"
+
+
+def lines(
+    headline: Estimate,
+    audited: Mapping[str, Any],
+    floor: Mapping[str, Any],
+    lower_bound: Mapping[str, Any],
+    tail_verdict: str | None,
+    companions: Mapping[str, Any],
+    parts: Mapping[str, Any],
+    first: str,
+) -> dict[str, str]:
+    """What a reader should see beside the table, one statement a line; ``first`` names the model of the strings."""
+    unit, value = headline.unit, headline.value
+    said: dict[str, str] = {}
+    checks: Mapping[str, Any] = audited["checks"]
+    failed = [name for name, check in checks.items() if check["verdict"] == "fail"]
+    warned = [name for name, check in checks.items() if check["verdict"] == "warn"]
+    if failed:
+        said["audit"] = "FAILED: " + "; ".join(
+            f"{name} = {float(checks[name]['value']):.3g}. {checks[name]['advice']}" for name in failed
+        )
+    else:
+        scores = [f"{name} {float(check['value']):+.2f}" for name, check in checks.items() if "_z" in name]
+        said["audit"] = f"passed {len(checks)} checks" + (f" ({', '.join(scores)})" if scores else "")
+        if audited["exempt"]:
+            said["audit"] += f"; {audited['exempt']}"
+    for name in warned:
+        said[f"warning {len(said)}"] = checks[name]["advice"]
+    if floor["n"]:
+        noise = float(floor["value"])
+        said["floor"] = f"{headline.in_unit(noise):.2g} {unit} per response of numerical noise ({floor['kind']})"
+        if headline.estimand == "S" and value < 10 * noise:
+            said["floor"] += ": the estimate is not clearly above it"
+    precision = plan_line(headline)
+    if precision is not None:
+        said["precision"] = precision
+    if lower_bound:
+        when = " at any stopping time" if lower_bound["anytime"] else ""
+        bound = headline.in_unit(float(lower_bound["value"]))
+        said["lower bound"] = f"at least {bound:.4g} {unit}, with 95 % confidence{when}"
+        if math.isfinite(value) and value > 0:
+            count = max(1, math.ceil(math.log(ODDS) / value))
+            said["meaning"] = (
+                f"after about {count} response{'s' if count > 1 else ''}, one who knows both models has odds of "
+                f"{ODDS:.0f}:1 for the right one"
+            )
+    if tail_verdict and tail_verdict != "light":
+        said["tail"] = tail_verdict
+    agreement, variation = companions["same_top"], companions["total_variation"]
+    said["per token"] = (
+        f"same top-1 {float(agreement['value']):.1%}, total variation {float(variation['value']):.3g}, "
+        f"entropy of {first} {headline.in_unit(float(companions[f'entropy_{first}']['value'])):.3g} {unit}"
+    )
+    if parts["end"]:
+        said["where"] = (
+            f"{parts['end']['end_share']:.1%} of it is when to stop, {parts['end']['content_share']:.1%} what to say"
+        )
+    return said
