@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import klkit
-from klkit.api.run import measure
+from klkit.api.run import measure, run
 from klkit.api.settings import Settings
 from klkit.api.strings import Plan, run_strings
 from klkit.models.automaton import coin, random_automaton
@@ -197,3 +197,71 @@ def test_bits_are_nats_over_log_two(pair):
     bits = klkit.estimate(*pair, samples=30, max_tokens=30, unit="bits").to_dict()["headline"]
     assert bits["value"] * np.log(2) == pytest.approx(nats["value"])
     assert bits["unit"] == "bits"
+
+
+def test_the_lower_bound_does_not_trust_the_order_of_a_prompt_file():
+    """Hard prompts first, easy ones after: the bound must not keep what the hard half promised."""
+    from klkit.models.automaton import automaton
+    from klkit.sequences import Prompts
+
+    def law(hard):
+        rows = [[0.3, 0.3, 0.4], hard, [0.3, 0.3, 0.4]]
+        return automaton(torch.tensor(rows).double(), torch.tensor([[1, 2], [1, 1], [2, 2]]), symbols=["h", "e"])
+
+    p, q = law([0.1, 0.6, 0.3]), law([0.85, 0.05, 0.1])
+    prompts = Prompts(("h",) * 60 + ("e",) * 60)
+    truth = (klkit.exact(p, q, prompt="h").value + klkit.exact(p, q, prompt="e").value) / 2
+    result = klkit.estimate(p, q, prompts, samples=1, max_tokens=300)
+    assert float(result.lower_bound["value"]) < truth
+    assert result.lower_bound["anytime"]
+    assert not klkit.estimate(p, q, prompts, samples=2, max_tokens=300).lower_bound["anytime"]
+
+
+def test_symmetric_divergences_and_text_bring_no_figures_of_another_quantity(pair):
+    for divergence in ("js", "jeffreys"):
+        result = klkit.estimate(*pair, samples=50, max_tokens=40, divergence=divergence).to_dict()
+        assert result["lower_bound"] == result["tail"] == {}
+        assert result["breakdown"]["by_position"] == []
+        assert "where" not in result["lines"]
+
+
+def test_variance_ratios_compare_like_with_like(pair):
+    result = klkit.estimate(*pair, samples=80, max_tokens=40, divergence="jeffreys")
+    errors = {e.method: e.stderr for e in result.estimates if e.divergence == "jeffreys"}
+    assert result.variance_ratio_vs_mc["rb"] == pytest.approx((errors["rb"] / errors["mc"]) ** 2)
+
+
+def test_a_reverse_run_calls_its_models_by_their_names(pair):
+    p, q = pair
+    forward = klkit.estimate(q, p, samples=50, max_tokens=40).to_dict()
+    reverse = klkit.estimate(p, q, samples=50, max_tokens=40, divergence="reverse_kl").to_dict()
+    assert reverse["roles"] == ["q", "p"]
+    assert reverse["companions"]["entropy_q"] == forward["companions"]["entropy_p"]
+    assert "entropy of q" in reverse["lines"]["per token"]
+
+
+def test_a_resumed_run_must_have_the_same_prompts_and_models(pair, tmp_path):
+    p, q = pair
+    options = {"samples": 4, "max_tokens": 20, "batch_size": 8, "out": tmp_path / "run"}
+    with pytest.raises(KeyboardInterrupt):
+        klkit.estimate(p, q, ["a"] * 10, observe=Interrupter(2), **options)
+    with pytest.raises(RunFolderError, match="prompts"):
+        klkit.estimate(p, q, ["b"] * 10, resume=True, **options)
+    settings = Settings.from_mapping(RunFolder(tmp_path / "run").config())
+    with pytest.raises(ValueError, match="given in Python"):
+        run(settings)
+
+
+def test_rtol_that_can_never_be_reached_is_refused_or_ends_at_once(pair):
+    p, q = pair
+    with pytest.raises(ValueError, match="at least 10"):
+        klkit.estimate(p, q, ["a"] * 5, rtol=0.1, max_tokens=20)
+    from klkit.models.automaton import memoryless
+
+    one, two = memoryless([0.5, 0.5], end=0.3), memoryless([1.0, 0.0], end=0.3)
+    assert klkit.estimate(one, two, rtol=0.1, max_tokens=50).headline.n == 64
+
+
+def test_prompts_are_counted_as_prompts(pair):
+    head = klkit.estimate(*pair, samples=50, max_tokens=20).to_dict()["headline"]
+    assert (head["n_prompts"], head["n_clusters"], head["n_sequences"]) == (1, 50, 50)
