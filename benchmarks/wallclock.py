@@ -1,34 +1,118 @@
-"""Wall clock and memory of ``klkit estimate`` against the passes it cannot do without.
+"""Wall clock and memory of ``klkit.estimate`` against the passes it cannot do without.
 
     python benchmarks/wallclock.py [--p SPEC --q SPEC] [--rounds 7]
 
-In one process, in turn: the whole run (draw, score, reduce, estimate, audit, assemble), its own sampling pass
-alone, and one teacher-forced pass of q over the same strings. The ratio of the first to the sum of the others is
-what the exact divergence, the variates and the checks cost. Medians over rounds.
+Time: in one process, in turn, the sampling pass of p alone, one teacher-forced pass of q over the same strings, and
+``klkit.estimate`` twice as its users call it: in memory, and with a run folder and its report. The ratio of each of
+the latter to the sum of the former is what the exact divergence, the variates, the numerical floor, the checks and
+the disk cost. Models are loaded beforehand. Medians over rounds.
+
+Memory: the peak of a fresh process for each number of strings, loading included, and what a further token adds,
+beside what one float32 tensor of the logits of all those tokens would take.
 """
 
 import argparse
 import json
 import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 import klkit
-from klkit.api.run import load_models, make_plan, measure, prepare
-from klkit.api.settings import Settings
-from klkit.api.strings import batches_of, resolve_batch_size
+from klkit.api.strings import Plan, batches_of, resolve_batch_size
 from klkit.models.base import log_probs
 from klkit.sampling.ancestral import sample
 from klkit.sequences import Sequences
+
+MEBI = 1 << 20
+STRINGS = (256, 1024, 4096)  # at which the peak of memory is taken
+SAMPLING, SCORING, IN_MEMORY, ON_DISK = (
+    "sampling pass of p",
+    "teacher-forced pass of q",
+    "klkit.estimate, in memory",
+    "klkit.estimate, with folder and report",
+)
 
 
 def seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def time_passes(options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each piece of work in each round."""
+    p, q = klkit.load(options.p), klkit.load(options.q)
+    context = p.context(None)
+    plan = Plan([context], [context], options.samples, options.max_tokens, seed=0)
+    size = resolve_batch_size(p, plan, "auto")
+    wanted = {"samples": options.samples, "max_tokens": options.max_tokens}
+    parts: list[Sequences] = []
+
+    def sampling() -> None:
+        parts.clear()
+        for rows in batches_of(plan.total, size):
+            contexts, prompt = [context] * len(rows), [0] * len(rows)
+            draw = sample(p, contexts, max_tokens=plan.max_tokens, seed=0, prompt=prompt, replicate=rows.tolist())
+            parts.append(draw.sequences)
+
+    def scoring() -> None:
+        for x in parts:
+            for _ in log_probs(q, x):
+                pass
+
+    def in_memory() -> None:
+        klkit.estimate(p, q, **wanted)
+
+    def on_disk() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            klkit.estimate(p, q, out=Path(folder) / "run", **wanted)
+
+    work = {SAMPLING: sampling, SCORING: scoring, IN_MEMORY: in_memory, ON_DISK: on_disk}
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(options.rounds + 1):
+        for name, function in work.items():
+            taken = seconds(function)
+            if turn:  # the first round warms up
+                times[name].append(taken)
+    return times
+
+
+def report_peak(options: argparse.Namespace) -> None:
+    """One run in this process, and its peak of memory so far."""
+    result = klkit.estimate(options.p, options.q, samples=options.peak, max_tokens=options.max_tokens)
+    tokens = round(result.companions["mean_length"]["value"] * options.peak)
+    vocabulary = result.provenance["models"]["p"]["vocabulary_size"]
+    print(json.dumps({"strings": options.peak, "tokens": tokens, "vocabulary": vocabulary, "bytes": peak_bytes()}))
+
+
+def peak_bytes() -> int:
+    """Largest resident size of this process."""
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux ru_maxrss of a child starts from what its parent held
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure_peaks(options: argparse.Namespace) -> list[dict[str, float]]:
+    """The peak for each number of strings, each in a process of its own, and what a token adds to the smallest."""
+    rows = []
+    for strings in STRINGS:
+        command = [sys.executable, __file__, "--p", options.p, "--q", options.q, "--peak", str(strings)]
+        command += ["--max-tokens", str(options.max_tokens), "--threads", str(options.threads)]
+        row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        row["logits_bytes"] = row["tokens"] * row["vocabulary"] * 4
+        if rows:
+            row["bytes_per_token"] = (row["bytes"] - rows[0]["bytes"]) / (row["tokens"] - rows[0]["tokens"])
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
@@ -39,74 +123,45 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peak", type=int, default=None, metavar="STRINGS", help=argparse.SUPPRESS)
     parser.add_argument("--json", default=None)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    settings = Settings(p=options.p, q=options.q, samples=options.samples, max_tokens=options.max_tokens, floor="none")
-    p, q = load_models(settings)
-    pair = prepare(p, q, settings)
-    plan, _ = make_plan(pair, settings, None)
-    size = resolve_batch_size(pair.p, plan, "auto")
-    parts: list[Sequences] = []
-
-    def sampling() -> None:
-        parts.clear()
-        for rows in batches_of(plan.total, size):
-            draw = sample(
-                pair.p,
-                [plan.contexts_p[0]] * len(rows),
-                max_tokens=plan.max_tokens,
-                seed=plan.seed,
-                prompt=[0] * len(rows),
-                replicate=rows.tolist(),
-            )
-            parts.append(draw.sequences)
-
-    def scoring() -> None:
-        for x in parts:
-            for _ in log_probs(pair.q, x):
-                pass
-
-    def whole() -> None:
-        measure(p, q, settings)
-
-    work = {"sampling pass": sampling, "teacher-forced pass of q": scoring, "klkit estimate": whole}
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(options.rounds + 1):
-        for name, function in work.items():
-            taken = seconds(function)
-            if turn:  # the first round warms up
-                times[name].append(taken)
-    ratios = [
-        whole / (drawn + scored)
-        for whole, drawn, scored in zip(
-            times["klkit estimate"], times["sampling pass"], times["teacher-forced pass of q"], strict=True
-        )
-    ]
-    memory = {}
-    for samples in (64, 512):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        measure(p, q, Settings(**{**settings.to_dict(), "samples": samples}))
-        memory[samples] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    result = {
-        "klkit": klkit.__version__,
-        "torch": torch.__version__,
-        "threads": options.threads,
-        "strings": options.samples,
-        "medians_s": {name: statistics.median(values) for name, values in times.items()},
-        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
-        "peak_memory_growth_mib": memory,
+    if options.peak is not None:
+        report_peak(options)
+        return
+    times = time_passes(options)
+    ratios = {
+        name: [whole / sum(passes) for whole, *passes in zip(times[name], times[SAMPLING], times[SCORING], strict=True)]
+        for name in (IN_MEMORY, ON_DISK)
     }
-    for name, value in result["medians_s"].items():
-        print(f"{name:28s} {value:8.3f} s")
-    ratio = result["ratio"]
-    print(
-        f"{'ratio of the last to the rest':28s} {ratio['median']:.3f}  (from {ratio['min']:.3f} to {ratio['max']:.3f})"
-    )
-    print("growth of peak memory: " + ", ".join(f"{n} strings {m:.1f} MiB" for n, m in memory.items()))
+    for name, values in times.items():
+        print(f"{name:40s} {statistics.median(values):8.3f} s")
+    for name, values in ratios.items():
+        print(
+            f"ratio of {name!r} to both passes: {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+        )
+    peaks = measure_peaks(options)
+    for row in peaks:
+        print(
+            f"peak memory, {row['strings']:5d} strings of {row['tokens']:7d} tokens: {row['bytes'] / MEBI:7.1f} MiB"
+            + (f", {row['bytes_per_token']:.0f} bytes for each further token" if "bytes_per_token" in row else "")
+            + f"; logits of one model: {row['logits_bytes'] / MEBI:.1f} MiB, {4 * row['vocabulary']} bytes a token"
+        )
     if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=2)
+        result = {
+            "klkit": klkit.__version__,
+            "torch": torch.__version__,
+            "threads": options.threads,
+            "strings": options.samples,
+            "medians_s": {name: statistics.median(values) for name, values in times.items()},
+            "ratios": {
+                name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+                for name, values in ratios.items()
+            },
+            "peak_memory": peaks,
+        }
+        Path(options.json).write_text(json.dumps(result, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -206,7 +206,9 @@ def test_the_lower_bound_does_not_trust_the_order_of_a_prompt_file():
 
     def law(hard):
         rows = [[0.3, 0.3, 0.4], hard, [0.3, 0.3, 0.4]]
-        return automaton(torch.tensor(rows).double(), torch.tensor([[1, 2], [1, 1], [2, 2]]), symbols=["h", "e"])
+        return automaton(
+            torch.tensor(rows, dtype=torch.float64), torch.tensor([[1, 2], [1, 1], [2, 2]]), symbols=["h", "e"]
+        )
 
     p, q = law([0.1, 0.6, 0.3]), law([0.85, 0.05, 0.1])
     prompts = Prompts(("h",) * 60 + ("e",) * 60)
