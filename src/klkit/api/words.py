@@ -98,7 +98,8 @@ def lines(
         if audited["exempt"]:
             said["audit"] += f"; {audited['exempt']}"
     for name in warned:
-        said[f"warning {len(said)}"] = checks[name]["advice"]
+        label = "warning" if name == warned[0] else f"warning {warned.index(name) + 1}"
+        said[label] = checks[name]["advice"]
     if floor["n"]:
         noise = float(floor["value"])
         said["floor"] = f"{headline.in_unit(noise):.2g} {unit} per response of numerical noise ({floor['kind']})"
