@@ -138,9 +138,8 @@ def main() -> None:
     for name, values in times.items():
         print(f"{name:40s} {statistics.median(values):8.3f} s")
     for name, values in ratios.items():
-        print(
-            f"ratio of {name!r} to both passes: {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-        )
+        median, least, most = statistics.median(values), min(values), max(values)
+        print(f"{name}: {median:.3f} times both passes ({least:.3f} to {most:.3f})")
     peaks = measure_peaks(options)
     for row in peaks:
         print(

@@ -144,6 +144,8 @@ def collect(
         parts.append(stats)
     # One transfer a field, not one a chunk: each would wait for the accelerator to finish.
     rows = {f.name: torch.cat([getattr(part, f.name) for part in parts]).cpu() for f in fields(RowStatistics)}
+    # Token ids fit into half of what they are computed in.
+    rows |= {name: ids.int() for name, ids in rows.items() if not ids.is_floating_point()}
     return TokenStatistics(
         x=x,
         rows=RowStatistics(**rows),
