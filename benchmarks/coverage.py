@@ -1,6 +1,6 @@
 """How often the error bars hold what they promise: simulations with known answers.
 
-    python benchmarks/coverage.py --replications 500
+    python benchmarks/coverage.py --replications 400
 
 prints Markdown tables and writes them to docs/coverage.md.
 """
@@ -163,7 +163,7 @@ def automata(replications: int, name: str, sizes: Iterable[str] = SIZES) -> list
     Samples are drawn without replacement from a pool at least 125 times as large. Estimates without variance are left
     out: on the simplest pairs all tokens have the same divergence.
     """
-    cells = []
+    cells: list[Cell] = []
     for size in sizes:
         prompts, strings = (int(part) for part in size.replace(" strings", " x 1").replace(" prompts", "").split(" x "))
         if strings > 1 and name not in PROMPTED:
@@ -223,8 +223,8 @@ def stop(x: Array, cluster: NDArray[np.int64], plan: Plan, rtol: float) -> Estim
     look = plan.next_look(0)
     while look < plan.total:
         found = Estimate("rb", "kl", "KL(p‖q)", "S", x[:look], np.ones(look), cluster[:look])
-        # Two standard errors are about half the interval; when they are twice too many, resampling cannot tell else.
-        if found.n >= MINIMUM_STRINGS and found.stderr < 2 * rtol * found.value:
+        # Half an interval is about two standard errors: no need to resample where one of them is too much.
+        if found.n >= MINIMUM_STRINGS and found.stderr < rtol * found.value:
             interval = found.interval(LEVEL)
             if interval.upper - interval.lower <= 2 * rtol * found.value:
                 return found
@@ -316,11 +316,11 @@ def recognition(replications: int, n: int = 256) -> str:
     for spread in (0.5, 1.0, 1.5, 2.0):
         generator = rng.numpy_stream(0, "khat", str(spread))
         found = [pareto_khat(lognormal(spread)(generator, n)) > 0.5 for _ in range(replications)]
-        shares.append(f"{np.mean(found):.0%} at log-sd {spread:g}")
+        shares.append(f"{np.mean(found):.0%} (log-sd {spread:g})")
     return (
         f"The Pareto k̂ beside every estimate is there to recognise such tails, imperfectly: with {n} strings it "
-        f"exceeds 0.5 in {', '.join(shares[:-1])} and {shares[-1]}. When it does, read the upper bound as too low, and "
-        f"quote a quantile, or the anytime lower bound below, which holds whatever the tail."
+        f"exceeds 0.5 in {', '.join(shares[:-1])} and {shares[-1]} of the samples. When it does, read the upper bound "
+        f"as too low, and quote a quantile, or the anytime lower bound below, which holds whatever the tail."
     )
 
 
@@ -342,7 +342,7 @@ most 20,000. With 32 prompts, a random factor of mean 1 and standard deviation 0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--replications", type=int, default=500)
+    parser.add_argument("--replications", type=int, default=400)
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the pairs of automata")
     parser.add_argument("--output", type=Path, default=DOCUMENT)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The simulation of benchmarks/coverage.py, small enough for every run and large enough to notice a blunder."""
+"""The simulation of benchmarks/coverage.py, small enough for every run and large enough to notice wrong error bars."""
 
 import importlib.util
 import math
@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from klkit.api.strings import Plan
 from klkit.stats.intervals import Interval
 
 PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "coverage.py"
+PAIR = "random, 4 states, 5 symbols"
 
 
 @pytest.fixture(scope="module")
@@ -22,24 +25,60 @@ def coverage():
     del sys.modules[spec.name]
 
 
-def test_intervals_of_sampled_strings_contain_the_exact_divergence(coverage):
-    cells = list(coverage.automata(50, sizes=(64,), chosen=slice(4, 5)))
-    assert [c.problem.rsplit(", ")[-1] for c in cells] == [*(f"{m}/S" for m in coverage.METHODS), "rb/R"]
+def check(cell):
+    """Coverage within 4 standard errors of 95 %; errors as large as the standard errors say, up to 4 of theirs."""
+    error = math.sqrt(0.05 * 0.95 / cell.replications)
+    assert abs(cell.coverage - 0.95) < 4 * error, cell.row()
+    errors = np.array(cell.errors)
+    kurtosis = np.mean(errors**4) / np.mean(errors**2) ** 2
+    assert abs(cell.excess - 1) < 4 * math.sqrt((kurtosis - 1) / 4 / cell.replications), cell.row()
+
+
+def test_intervals_of_single_strings_contain_the_exact_divergence(coverage, monkeypatch):
+    kinds = [(method, estimand) for estimand in "SR" for method in ("mc", "rb")]
+    monkeypatch.setattr(coverage, "KINDS", kinds)
+    monkeypatch.setattr(coverage, "POOL", 12_000)
+    cells = coverage.automata(300, PAIR, ["64 strings"])
+    assert [cell.method for cell in cells] == ["mc/S", "rb/S", "mc/R", "rb/R"]
     for cell in cells:
-        assert abs(cell.coverage - 0.95) < 4 * math.sqrt(0.05 * 0.95 / 50), cell.row()
+        check(cell)
 
 
-def test_stopping_and_lower_bounds_report_every_law(coverage):
-    rows = list(coverage.stopping(3, cap=200))
-    assert [row[0] for row in rows] == list(coverage.laws())
+def test_intervals_of_prompts_with_several_strings_contain_the_exact_divergence(coverage, monkeypatch):
+    """Most of what rb_cv leaves is variance between prompts: strings taken for independent would show here."""
+    monkeypatch.setattr(coverage, "KINDS", [("rb_cv", "S"), ("rb", "R")])
+    monkeypatch.setattr(coverage, "POOL", 8000)
+    for cell in coverage.automata(120, PAIR, ["16 prompts x 4"]):
+        check(cell)
+
+
+def test_a_run_stops_at_the_first_look_that_is_narrow_enough(coverage):
+    none = [torch.zeros(0, dtype=torch.long)]
+    plan = Plan(none, none, samples=2000, max_tokens=1, seed=0)
+    x = np.random.default_rng(0).exponential(size=2000)
+    found = coverage.stop(x, np.arange(2000), plan, rtol=0.1)
+    widths = {}
+    look = plan.next_look(0)
+    while look <= found.n:
+        part = coverage.Estimate("rb", "kl", "KL(p‖q)", "S", x[:look], np.ones(look), np.arange(look))
+        widths[look] = (part.interval().upper - part.interval().lower) / 2 / part.value
+        look = plan.next_look(look)
+    assert list(widths)[:3] == [64, 80, 100]
+    assert [n for n, width in widths.items() if width <= 0.1] == [found.n]
+    assert coverage.stop(x[:200], np.arange(200), Plan(none, none, 200, 1, 0), rtol=0.001).n == 200
+
+
+def test_every_law_has_mean_one(coverage):
     generator = np.random.default_rng(0)
     for law in coverage.laws().values():
         assert law(generator, 20_000).mean() == pytest.approx(1, abs=0.15)
 
 
 def test_a_row_flags_low_coverage(coverage):
-    cell = coverage.Cell("x", 64, "t")
+    cell = coverage.Cell("x", "64 strings", "t")
     for upper in (2.0, 0.5, math.inf):
         cell.add(Interval(0.95, 0.0, upper, "t"), truth=1.0)
-    assert cell.row() == ["x", "64", "t", "66.7% (!)", "33.3%", "2.00"]
-    assert coverage.verdict([cell]) == "Below 93%: x at n = 64 (66.7%)."
+    assert cell.row() == ["x", "64 strings", "t", "66.7% (!)", "33.3%", "2.00"]
+    cell.errors, cell.stderrs = [3.0, -4.0], [1.0, 7.0]
+    assert cell.row()[-2] == "0.71"
+    assert coverage.verdict([cell]).startswith("Below 93%: t on x, 64 strings (66.7%). Errors are 0.71 to 0.71 times")

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from klkit.stats import sequential
-from klkit.stats.moments import Moments
-from klkit.stats.sequential import STAKES, running_lower_bound, should_stop
+from klkit.stats.sequential import STAKES, running_lower_bound
 
 
 def lognormal(generator, size, sd):
@@ -81,26 +80,3 @@ def test_degenerate_values():
     for bad in ([-1.0, 2.0], [math.nan]):
         with pytest.raises(ValueError, match="non-negative"):
             running_lower_bound(np.array(bad))
-
-
-def moments(x):
-    return Moments.of(x, np.ones(len(x)), np.arange(len(x)))
-
-
-def test_stops_when_tight_enough_and_not_before():
-    x = np.random.default_rng(0).normal(1, 0.1, size=400)
-    assert not should_stop(moments(x[:63]), 0.5)
-    assert should_stop(moments(x[:64]), 0.5)
-    assert not should_stop(moments(x), 0.009)
-    assert should_stop(moments(x), 0.011)
-    assert should_stop(moments(x), 0.009, cap=400)
-    assert not should_stop(moments(x), 0.009, cap=401)
-    assert not should_stop(moments(x), 0.011, level=0.999)
-
-
-def test_stops_at_certainty():
-    assert should_stop(moments(np.zeros(64)), 0.1)
-    assert should_stop(moments(np.r_[np.ones(63), math.inf]), 0.1)
-    assert not should_stop(moments(np.zeros(1)), 0.1, minimum=0)
-    with pytest.raises(ValueError, match="positive relative tolerance"):
-        should_stop(moments(np.ones(64)), 0.0)

@@ -294,6 +294,10 @@ def widening(moments: Moments, candidate: Candidate | None) -> float:
     Noise in the coefficients adds ``k/n`` of the variance to each contribution, which their spread shows. But two
     strings that are in each other's training set err together, which adds as much again to the variance of the
     mean and does not show. Under a ridge ``k = tr (A⁻¹G)²`` with ``A`` the penalised gram ``G``.
+
+    ``n`` counts strings, also where several answer one prompt. What a prompt's strings have in common makes the
+    coefficients noisier, which shows in the spread between prompts. The unseen part pairs one string's variates, of
+    mean 0 given its prompt, with one string's residual under another prompt, and so does not grow.
     """
     if candidate is None:
         return 1.0

@@ -1,1 +1,1 @@
-"""Numbers in, intervals out: error bars, tails, stopping and planning, in NumPy alone."""
+"""Numbers in, intervals out: error bars, tails, lower bounds and planning, in NumPy alone."""
