@@ -16,7 +16,7 @@ from klkit import __version__
 from klkit.api.prompts import resolve
 from klkit.api.settings import CAP_STRINGS, DEFAULT_STRINGS, Settings
 from klkit.api.strings import Plan
-from klkit.models.align import align
+from klkit.models.align import align, context_note
 from klkit.models.base import LanguageModel
 from klkit.models.spec import ModelSpec, load_pair
 from klkit.models.wrap import temperature
@@ -121,9 +121,8 @@ def make_plan(pair: Pair, settings: Settings, prompts: Prompts | None) -> tuple[
     contents = prompts.contents if prompts is not None else (None,)
     contexts_p = [pair.p.context(content) for content in contents]
     contexts_q = contexts_p if pair.q is pair.p else [pair.q.context(content) for content in contents]
-    notes: list[str] = []
-    if any(not torch.equal(a, b) for a, b in zip(contexts_p, contexts_q, strict=True)):
-        notes.append("each model reads the prompts through its own template; the response tokens are shared")
+    differing = context_note(contexts_p, contexts_q)
+    notes = [] if differing is None else [differing]
     max_tokens = settings.max_tokens
     for model, contexts in ((pair.p, contexts_p), (pair.q, contexts_q)):
         longest = max(range(len(contexts)), key=lambda i: len(contexts[i]))

@@ -50,13 +50,14 @@ def render(result: Mapping[str, Any], whole: Batch, texts: Mapping[int, str], sa
     )
     environment.filters.update(number=number, printable=printable)
     parts = result["breakdown"]
+    counted = "windows" if result["headline"]["estimand"] == "F" else "responses"
     strings = heat_map(whole, texts)
     return environment.get_template("template.html").render(
         result=result,
         head=result["headline"],
         figure_estimators=estimators_figure(result),
-        figure_positions=position_figure(parts["by_position"]) if parts["by_position"] else "",
-        figure_strings=strings_figure(parts["strings"]) if parts["strings"] else "",
+        figure_positions=position_figure(parts["by_position"], counted) if parts["by_position"] else "",
+        figure_strings=strings_figure(parts["strings"], counted) if parts["strings"] else "",
         strings=strings,
         shades=SHADES,
         first=result["roles"][0],
