@@ -88,7 +88,7 @@ class Cell:
             f"{self.coverage:.1%}{mark}",
             f"{self.below / self.replications:.1%}",
             *([f"{self.excess:.2f}"] if self.errors else []),
-            f"{np.median(self.widths):.2f}",
+            f"{np.median(self.widths):.2g}",
         ]
 
 

@@ -78,7 +78,7 @@ def test_a_row_flags_low_coverage(coverage):
     cell = coverage.Cell("x", "64 strings", "t")
     for upper in (2.0, 0.5, math.inf):
         cell.add(Interval(0.95, 0.0, upper, "t"), truth=1.0)
-    assert cell.row() == ["x", "64 strings", "t", "66.7% (!)", "33.3%", "2.00"]
+    assert cell.row() == ["x", "64 strings", "t", "66.7% (!)", "33.3%", "2"]
     cell.errors, cell.stderrs = [3.0, -4.0], [1.0, 7.0]
     assert cell.row()[-2] == "0.71"
     assert coverage.verdict([cell]).startswith("Below 93%: t on x, 64 strings (66.7%). Errors are 0.71 to 0.71 times")

@@ -12,6 +12,7 @@ end, rather than from the few that ended there. And returns are fitted net of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -147,7 +148,7 @@ def fit(
         ratio(statistics, contributions, plain),
         ratio(statistics, contributions, monte_carlo(statistics)),
         notes,
-        spread=float(np.mean([widening(moments, pick) for moments, pick in zip(rest, chosen, strict=True)])),
+        spread=widening(statistics, contributions, theta, members, sums, per_token),
     )
 
 
@@ -288,27 +289,32 @@ def coefficients(moments: Moments, candidate: Candidate | None, per_token: bool)
     return theta
 
 
-def widening(moments: Moments, candidate: Candidate | None) -> float:
-    """``√((1 + 2k/n) / (1 + k/n))``: what cross-fitting ``k`` coefficients adds to the error unseen.
+def widening(
+    statistics: TokenStatistics,
+    contributions: Array,
+    theta: Array,
+    members: Sequence[NDArray[np.int64]],
+    sums: Sequence[Array],
+    per_token: bool,
+) -> float:
+    """``√(1 + s)``: what cross-fitting adds to the error unseen, ``s`` being the share of noise from coefficients.
 
-    Noise in the coefficients adds ``k/n`` of the variance to each contribution, which their spread shows. But two
-    strings that are in each other's training set err together, which adds as much again to the variance of the
-    mean and does not show. Under a ridge ``k = tr (A⁻¹G)²`` with ``A`` the penalised gram ``G``.
+    Noise in the coefficients adds to the variance of each contribution, which their spread shows. But two strings
+    that are in each other's training sets err together, which adds as much again to the variance of the mean (twice
+    ``k/n`` rather than once, for ``k`` coefficients of a least-squares fit) and does not show. How noisy the
+    coefficients are is told by how much they differ between folds, the choice among candidates included.
 
-    ``n`` counts strings, also where several answer one prompt. What a prompt's strings have in common makes the
-    coefficients noisier, which shows in the spread between prompts. The unseen part pairs one string's variates, of
-    mean 0 given its prompt, with one string's residual under another prompt, and so does not grow.
+    Source: the delete-a-group jackknife, as in J. Shao and D. Tu (1995), The Jackknife and Bootstrap, section 2.3.
     """
-    if candidate is None:
-        return 1.0
-    c, e = moments.echo.shape
-    penalty = candidate.penalty(c, e, moments.strings)
-    gram = lifted(moments)[: len(penalty), : len(penalty)]
-    scale = np.sqrt(np.where(gram.diagonal() > 0, gram.diagonal(), 1.0))
-    gram = gram / np.outer(scale, scale)
-    shrunk = np.linalg.solve(gram + np.diag(penalty + 1e-9), gram)
-    k = float((shrunk * shrunk.T).sum()) / moments.strings
-    return float(np.sqrt((1 + 2 * k) / (1 + k)))
+    folds = len(theta)
+    _, cluster = np.unique(statistics.x.cluster.numpy(), return_inverse=True)
+    weights = statistics.x.lengths.double().numpy() if per_token else np.ones(len(contributions))
+    residuals = np.bincount(cluster, contributions - contributions.sum() / weights.sum() * weights)
+    errors = np.concatenate(sums) @ (theta - theta.mean(0)).T
+    unit = cluster[np.concatenate(members)]
+    noise = (folds - 1) / folds * sum(float(np.sum(np.bincount(unit, error) ** 2)) for error in errors.T)
+    shown = float(np.sum(residuals**2))
+    return math.sqrt(1 + min(1.0, noise / shown)) if shown > 0 else 1.0
 
 
 def ratio(statistics: TokenStatistics, a: Array, b: Array) -> float:
