@@ -173,3 +173,28 @@ def test_falls_back_to_rao_blackwell_and_says_so(case):
     assert words[case] in fitted.notes[0]
     assert fitted.chosen == ()
     assert not fit(pool(*random_pair(11), 32)).notes
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_errors_are_widened_by_the_share_of_coefficient_noise_between_clusters(per_token):
+    """Against the definition, cluster by cluster; coefficients that all folds share add no noise."""
+    statistics = pool(*random_pair(11), 48, prompts=12)
+    fold = deal(statistics.x.cluster.numpy(), 8, 0)
+    members = [np.flatnonzero(fold == k) for k in range(8)]
+    sums = [accumulate(statistics.select(torch.from_numpy(strings)))[0] for strings in members]
+    theta = np.random.default_rng(0).normal(size=(8, sums[0].shape[1])) * 0.01
+    contributions = rao_blackwell(statistics)
+    found = martingale.widening(statistics, contributions, theta, members, sums, per_token)
+    weights = statistics.x.lengths.double().numpy() if per_token else np.ones(48)
+    variates = np.zeros((48, theta.shape[1]))
+    variates[np.concatenate(members)] = np.concatenate(sums)
+    noise = shown = 0.0
+    for cluster in range(12):
+        mine = statistics.x.cluster.numpy() == cluster
+        shown += (contributions[mine] - contributions.sum() / weights.sum() * weights[mine]).sum() ** 2
+        noise += 7 / 8 * (((theta - theta.mean(0)) @ variates[mine].sum(0)) ** 2).sum()
+    assert 0.001 < noise / shown < 0.999
+    assert found == pytest.approx((1 + noise / shown) ** 0.5)
+    same = np.repeat(theta[:1], 8, axis=0)
+    assert martingale.widening(statistics, contributions, same, members, sums, per_token) == pytest.approx(1.0)
+    assert martingale.widening(statistics, contributions, 1e3 * theta, members, sums, per_token) == 2**0.5
