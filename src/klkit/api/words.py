@@ -66,8 +66,8 @@ def plan_line(headline: Estimate) -> str | None:
     if headline.estimand != "S" or not (math.isfinite(value) and value > 0 and interval.upper > interval.lower):
         return None
     needed = plan(headline.contributions, headline.weights, headline.cluster, rtol=FINE)
-    each = headline.n / headline.clusters
-    what = f"{needed.prompts:,} responses" if each == 1 and headline.prompts < 2 else f"{needed.prompts:,} prompts"
+    responses = round(needed.prompts * headline.n / headline.clusters)
+    what = f"{responses:,} responses" if headline.prompts < 2 else f"{needed.prompts:,} prompts"
     now = (interval.upper - interval.lower) / 2 / value
     return f"± {now:.1%} with {headline.n} responses; ± {FINE:.0%} would take about {what}"
 

@@ -59,7 +59,7 @@ class Watcher:
         left = (state.total - state.strings) / rate if rate > 0 else float("inf")
         error = "" if state.stderr != state.stderr else f" ± {state.stderr / scale:.2g}"
         text = (
-            f"{state.strings}/{state.total} strings  {state.value / scale:.4g}{error} {self._unit}"
+            f"{state.strings}/{state.total} strings  KL {state.value / scale:.4g}{error} {self._unit}"
             f"  {tokens:,.0f} tokens/s  {clock(left)} left"
         )
         return text[:79]
