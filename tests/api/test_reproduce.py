@@ -1,12 +1,11 @@
 import csv
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 import klkit
-from klkit.api.reproduce import estimator_table, reproduce_estimators
+from klkit.api.reproduce import estimator_table, reproduce_estimators, save_table
 from klkit.estimators.statistics import score
 from klkit.models.automaton import random_automaton
 from klkit.rng import stream
@@ -44,15 +43,14 @@ def test_uneven_and_small_pools_are_refused(pool):
     with pytest.raises(ValueError, match="equally many"):
         estimator_table(pool.select(torch.arange(100)))
     with pytest.raises(ValueError, match="at least 20"):
-        reproduce_estimators(
-            "klkit:docs", "klkit:docs", prompts="klkit:docs", count=2, pool=5, max_tokens=8, seed=0, out=Path("absent")
-        )
+        reproduce_estimators("klkit:docs", "klkit:docs", prompts="klkit:docs", count=2, pool=5, max_tokens=8, seed=0)
 
 
 def test_files_of_a_small_reproduction(tmp_path):
     table = reproduce_estimators(
-        "klkit:docs-tuned", "klkit:docs", prompts="klkit:docs", count=4, pool=20, max_tokens=8, seed=0, out=tmp_path
+        "klkit:docs-tuned", "klkit:docs", prompts="klkit:docs", count=4, pool=20, max_tokens=8, seed=0
     )
+    save_table(table, tmp_path)
     assert table.prompts == 4
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert len(rows) == len(json.loads((tmp_path / "table.json").read_text())["rows"]) == 18

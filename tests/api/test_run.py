@@ -141,16 +141,23 @@ def test_a_run_folder_is_not_overwritten_and_not_mixed(pair, tmp_path):
 def test_a_damaged_folder_is_named(pair, tmp_path):
     p, q = pair
     settings = Settings(p="p", q="q", samples=20, max_tokens=20, batch_size=5)
-    for damage in ("shard", "config", "gap"):
+    for damage in ("shard", "config", "gap", "bit", "copy"):
         folder = tmp_path / damage
         with pytest.raises(KeyboardInterrupt):
             measure(p, q, settings, out=folder, observe=Interrupter(3))
+        shard = next((folder / "shards").glob("00001-*"))
         if damage == "shard":
-            (folder / "shards" / "00001.safetensors").write_bytes(b"garbage")
+            shard.write_bytes(b"garbage")
+        elif damage == "bit":
+            content = bytearray(shard.read_bytes())
+            content[-1] ^= 1
+            shard.write_bytes(content)
+        elif damage == "copy":
+            shard.rename(shard.with_name(shard.name.replace("00001", "00003")))
         elif damage == "config":
             (folder / "config.yaml").write_text("[not: options")
         else:
-            (folder / "shards" / "00001.safetensors").unlink()
+            shard.unlink()
         with pytest.raises(RunFolderError, match="expected"):
             measure(p, q, settings, out=folder, resume=True)
 
@@ -172,7 +179,7 @@ def test_a_full_disk_keeps_what_was_done(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(record, "save_file", full)
     with pytest.raises(RunFolderError, match="No space left"):
         measure(p, q, settings, out=tmp_path / "run")
-    assert sorted(f.name for f in (tmp_path / "run" / "shards").iterdir()) == ["00000.safetensors", "00001.safetensors"]
+    assert sorted(f.name[:5] for f in (tmp_path / "run" / "shards").iterdir()) == ["00000", "00001"]
     monkeypatch.setattr(record, "save_file", real)
     resumed = measure(p, q, settings, out=tmp_path / "run", resume=True)
     assert resumed.headline.value == measure(p, q, settings).headline.value
@@ -267,3 +274,30 @@ def test_rtol_that_can_never_be_reached_is_refused_or_ends_at_once(pair):
 def test_prompts_are_counted_as_prompts(pair):
     head = klkit.estimate(*pair, samples=50, max_tokens=20).to_dict()["headline"]
     assert (head["n_prompts"], head["n_clusters"], head["n_sequences"]) == (1, 50, 50)
+
+
+def test_shards_of_other_prompts_and_foreign_files(pair, tmp_path):
+    p, q = pair
+    options = {"samples": 2, "max_tokens": 20, "batch_size": 8}
+    prompts = ["a", "b", "c", "d"] * 10
+    with pytest.raises(KeyboardInterrupt):
+        klkit.estimate(p, q, prompts, observe=Interrupter(3), out=tmp_path / "run", **options)
+    (tmp_path / "run" / "shards" / ".DS_Store").write_bytes(b"not ours")
+    first = next((tmp_path / "run" / "shards").glob("00000-*"))
+    doubled = first.with_name(first.name.replace("00000", "00003"))
+    doubled.write_bytes(first.read_bytes())
+    with pytest.raises(RunFolderError, match="shard 00003"):
+        klkit.estimate(p, q, prompts, resume=True, out=tmp_path / "run", **options)
+    doubled.unlink()
+    resumed = klkit.estimate(p, q, prompts, resume=True, out=tmp_path / "run", **options)
+    assert resumed.headline.value == klkit.estimate(p, q, prompts, **options).headline.value
+
+
+def test_a_report_of_a_model_and_itself(pair, tmp_path):
+    klkit.estimate(pair[0], pair[0], samples=40, max_tokens=30, out=tmp_path / "run")
+    assert "KL(p‖q) = 0" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_an_rtol_out_of_reach_is_said(pair):
+    result = klkit.estimate(*pair, samples=80, max_tokens=20, rtol=0.0001)
+    assert any("rtol=0.0001" in note for note in result.notes)

@@ -172,6 +172,23 @@ def test_model_without_end_token(capsys):
     assert "end token" in err
 
 
+def test_a_truncated_checkpoint(capsys):
+    shutil.copytree(locate("klkit:docs"), "cut")
+    path = Path("cut/model.safetensors")
+    path.write_bytes(path.read_bytes()[:100_000])
+    code, _, err = run(capsys, "estimate", "cut", "klkit:docs", *SMALL)
+    assert code == 2
+    assert "Traceback" not in err
+
+
+def test_json_that_cannot_be_written_does_not_hide_the_result(capsys):
+    Path("file").write_text("in the way")
+    code, out, err = run(capsys, "estimate", *PAIR, *SMALL, "--out", "run", "--json", "file/result.json")
+    assert code == 2
+    assert "nats per response" in out.replace("\n", " ")
+    assert "result.json of its folder" in err
+
+
 def test_out_that_cannot_be_written(capsys):
     Path("file").write_text("in the way")
     code, _, err = run(capsys, "estimate", *PAIR, *SMALL, "--out", "file/run")

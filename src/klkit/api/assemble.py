@@ -53,7 +53,8 @@ def from_strings(
 
     table = [estimate(method, "S") for method in TABLE]
     headline = next(e for e in table if e.method == settings.method)
-    rate = estimate(settings.method if settings.method in ("rb_cv", "rb", "mc") else "rb", "R")
+    # Per token little is left for variates to explain (a long string's large sum is no surprise), so rb it is.
+    rate = estimate("mc" if settings.method == "mc" else "rb", "R")
     checks = audit(statistics, same=p is q, pieces=p.pieces, floor=whole.floor, precision=p.dtype)
     floor = describe_floor(whole.floor, TWO_PASSES, settings.floor)
     if dtype_floor is not None:

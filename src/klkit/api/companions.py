@@ -104,6 +104,6 @@ def text_rows(statistics: TokenStatistics, headline: Estimate) -> list[dict[str,
     )
     for row in rows:
         row["text"] = (
-            f"{float(row['value']):.4g}   {interval_text(float(row['lower']), float(row['upper']), str(row['method']))}"
+            f"{float(row['value']):.4g}, {interval_text(float(row['lower']), float(row['upper']), str(row['method']))}"
         )
     return rows

@@ -26,7 +26,7 @@ from klkit.api.strings import Observer
 from klkit.estimators import ESTIMATORS
 from klkit.estimators.statistics import TokenStatistics
 from klkit.report.plots import per_prompt_figure
-from klkit.report.record import disk_errors, write_text
+from klkit.report.record import write_text
 from klkit.results import jsonable
 from klkit.rng import numpy_stream
 from klkit.sequences import Prompts
@@ -174,10 +174,9 @@ def reproduce_estimators(
     pool: int,
     max_tokens: int,
     seed: int,
-    out: Path,
     observe: Observer | None = None,
 ) -> Table:
-    """Draw the pool, make the table, and write table.md, table.csv, table.json and per_prompt.png into ``out``.
+    """Draw the pool and make the table.
 
     Raises:
         ValueError: as :func:`klkit.api.run.run` and :func:`estimator_table`.
@@ -187,13 +186,21 @@ def reproduce_estimators(
     pair = prepare(*load_models(settings), settings)
     plan, _ = make_plan(pair, settings, chosen)
     table = estimator_table(draw_strings(pair, plan, settings, None, observe).statistics, seed=seed)
-    with disk_errors(out):
+    return table
+
+
+def save_table(table: Table, out: Path) -> None:
+    """Write table.md, table.csv, table.json and per_prompt.png into ``out``.
+
+    Raises:
+        ValueError: ``out`` cannot be written.
+    """
+    rows = [{name: jsonable(v) if isinstance(v, float) else v for name, v in asdict(row).items()} for row in table.rows]
+    try:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "table.md", table.to_markdown() + "\n")
         write_text(out / "table.csv", table.to_csv())
-        rows = [
-            {name: jsonable(v) if isinstance(v, float) else v for name, v in asdict(row).items()} for row in table.rows
-        ]
-        write_text(out / "table.json", json.dumps({"settings": settings.to_dict(), "rows": rows}, indent=2))
+        write_text(out / "table.json", json.dumps({"rows": rows}, indent=2))
         (out / "per_prompt.png").write_bytes(per_prompt_figure({NAMES[m]: s for m, s in table.per_prompt.items()}))
-    return table
+    except OSError as error:
+        raise ValueError(f"expected to write the table into {out}, got: {error}; choose another --out") from error

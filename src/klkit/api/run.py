@@ -151,6 +151,12 @@ def measure_strings(
 ) -> tuple[Batch, Comparison]:
     """Estimand S and R from strings of ``pair.p``."""
     whole = draw_strings(pair, plan, settings, folder, observe)
+    enough = stop_rule(settings)
+    if enough is not None and not enough(whole.statistics):
+        cut_short = (
+            f"the interval is still wider than rtol={settings.rtol:g} allows: {plan.total} strings were the limit"
+        )
+        pair = replace(pair, notes=(*pair.notes, cut_short))
     floor = None if wide is None else dtype_floor(wide, pair.p, whole.statistics.x)
     return whole, from_strings(whole, pair.p, pair.q, settings, plan, pair.notes, env, floor)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -80,9 +81,9 @@ class Settings:
             raise ValueError(f"expected 'auto' or a whole number for batch_size, got {self.batch_size!r}; leave it out")
         if self.seed < 0:
             raise ValueError(f"expected a seed of at least 0, got {self.seed}; give a non-negative whole number")
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(
-                f"expected a temperature above 0, got {self.temperature}; at 0 a model is a point mass and "
+                f"expected a finite temperature above 0, got {self.temperature}; at 0 a model is a point mass and "
                 f"almost every divergence is infinite"
             )
         if self.rtol is not None and not 0 < self.rtol < 1:

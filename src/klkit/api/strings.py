@@ -17,7 +17,7 @@ from klkit.estimators.rao_blackwell import rao_blackwell
 from klkit.estimators.statistics import TokenStatistics, collect
 from klkit.models.base import LanguageModel
 from klkit.numerics import rows_per_chunk
-from klkit.report.record import Batch, Details, RunFolder, join
+from klkit.report.record import Batch, Details, RunFolder, RunFolderError, join
 from klkit.results import Estimate
 from klkit.rng import numpy_stream
 from klkit.sampling.ancestral import sample
@@ -25,7 +25,7 @@ from klkit.sequences import Sequences
 
 LARGEST_BATCH = 64
 SHOWN_STRINGS = 24  # strings whose every decision is kept in detail, for the report's heat map
-FLOOR_STRINGS = 16  # strings on which the numerical floor is measured
+FLOOR_STRINGS = 8  # strings on which the numerical floor is measured
 KEPT_BYTES = 256 << 20  # trunk vectors of one batch, at most
 
 
@@ -119,6 +119,15 @@ def run_strings(
         folder: where each batch is stored as soon as it is done.
     """
     done = folder.batches() if folder is not None else []
+    start = 0
+    for number, batch in enumerate(done):
+        x = batch.statistics.x
+        if [prompt for prompt, _ in plan.slice(start, start + len(x))] != x.prompt.tolist():
+            raise RunFolderError(
+                f"expected the strings of this run's prompts in shard {number:05d}, got those of others; the "
+                f"folder holds shards of several runs, so it cannot be resumed: start again in another --out"
+            )
+        start += len(x)
     if folder is not None and len(folder.samples()) != sum(len(batch.statistics.x) for batch in done):
         folder.rewrite_samples([line for batch in done for line in describe(p, batch.statistics)])
     if rescore is None:

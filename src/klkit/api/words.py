@@ -65,10 +65,14 @@ def plan_line(headline: Estimate) -> str | None:
     interval, value = headline.interval(), headline.value
     if headline.estimand != "S" or not (math.isfinite(value) and value > 0 and interval.upper > interval.lower):
         return None
-    needed = plan(headline.contributions, headline.weights, headline.cluster, rtol=FINE)
-    responses = round(needed.prompts * headline.n / headline.clusters)
-    what = f"{responses:,} responses" if headline.prompts < 2 else f"{needed.prompts:,} prompts"
     now = (interval.upper - interval.lower) / 2 / value
+    if headline.divergence in ("js", "jeffreys"):
+        # Strings of p and of q in one cluster are not alike, so their variance components mean nothing.
+        what = f"{(now / FINE) ** 2:.1f} times as many"
+    else:
+        needed = plan(headline.contributions, headline.weights, headline.cluster, rtol=FINE)
+        each = f" with {needed.strings_per_prompt} response{'s' if needed.strings_per_prompt > 1 else ''} each"
+        what = f"{needed.prompts:,} responses" if headline.prompts < 2 else f"{needed.prompts:,} prompts{each}"
     return f"± {now:.1%} with {headline.n} responses; ± {FINE:.0%} would take about {what}"
 
 
@@ -99,7 +103,8 @@ def lines(
             said["audit"] += f"; {audited['exempt']}"
     for name in warned:
         label = "warning" if name == warned[0] else f"warning {warned.index(name) + 1}"
-        said[label] = checks[name]["advice"]
+        whose = name[name.index("(") + 1 : -1] + ": " if name.endswith(")") else ""
+        said[label] = whose + checks[name]["advice"]
     if floor["n"]:
         noise = float(floor["value"])
         said["floor"] = f"{headline.in_unit(noise):.2g} {unit} per response of numerical noise ({floor['kind']})"

@@ -20,8 +20,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         app(args=list(argv) if argv is not None else None, prog_name="klkit")
-    except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
-        # ValueError and TypeError carry klkit's own messages; the rest comes from files and devices.
+    except Exception as error:
+        # ValueError and OSError mostly carry klkit's own messages; the rest comes from files, devices and libraries.
         if os.environ.get("KLKIT_TRACEBACK"):
             raise
         message = str(error) or type(error).__name__

@@ -39,7 +39,7 @@ def estimate_command(
         str | None,
         typer.Argument(
             metavar="P",
-            help="The model that generates: hub id, folder or klkit:NAME[,option=value…].",
+            help="The model that generates: hub id, folder or klkit:NAME, then ,option=value: dtype, peft, ends, …",
             show_default=False,
         ),
     ] = None,
@@ -152,7 +152,7 @@ def estimate_command(
     size = options.get("batch_size")
     if isinstance(size, str) and size != "auto":
         if not size.isdigit():
-            raise ValueError(f"expected 'auto' or a whole number for --batch-size, got {size!r}")
+            raise ValueError(f"expected 'auto' or a whole number for --batch-size, got {size!r}; leave it out for auto")
         options["batch_size"] = int(size)
     if "p" not in options or "q" not in options:
         raise ValueError(
@@ -236,17 +236,17 @@ def carry_out(settings: Any, out: Path | None, json_path: str | None, resume: bo
             result = run(settings, out=folder, resume=resume, observe=watcher.observe)
         except KeyboardInterrupt:
             watcher.close()
-            if watcher.last is None:
+            if not (folder / "config.yaml").is_file():
                 print("\nklkit: interrupted before anything was drawn", file=sys.stderr)
             else:
                 command = f"klkit run {quote(str(folder / 'config.yaml'))} --out {quote(str(folder))} --resume"
-                kept = f"{watcher.last.strings} strings are kept"
+                kept = f"{watcher.last.strings} strings are kept" if watcher.last else "finished batches are kept"
                 print(f"\nklkit: interrupted; {kept}. Continue with:\n  {command}", file=sys.stderr)
             sys.exit(INTERRUPTED)
-    if json_path is not None:
-        write_json(result.to_dict(), json_path)
     if not quiet:
         show_result(result, folder)
+    if json_path is not None:
+        write_json(result.to_dict(), json_path)
     if result.failed:
         print("klkit: the self-audit failed: do not use this number (see the audit above)", file=sys.stderr)
         sys.exit(AUDIT_FAILED)
@@ -261,8 +261,13 @@ def write_json(result: Mapping[str, Any], target: str) -> None:
     if target == "-":
         print(text)
     else:
-        from klkit.report.record import disk_errors, write_text
+        from klkit.report.record import write_text
 
-        with disk_errors(Path(target)):
+        try:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
             write_text(Path(target), text + "\n")
+        except OSError as error:
+            raise ValueError(
+                f"expected to write JSON to {target}, got: {error}; the run itself is complete, and the same JSON is "
+                f"the result.json of its folder"
+            ) from error

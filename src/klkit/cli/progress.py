@@ -76,7 +76,7 @@ def clock(seconds: float) -> str:
     """Seconds as people say them.
 
     Example:
-        >>> clock(75), clock(4000)
+        >>> clock(75.0), clock(4000.0)
         ('1m15s', '1h06m')
     """
     if seconds == float("inf"):

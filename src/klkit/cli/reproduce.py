@@ -26,7 +26,7 @@ def reproduce_command(
     ),
 ) -> None:
     """Reproduce a paper's table: mean, spread and negative share of each estimator."""
-    from klkit.api.reproduce import reproduce_estimators
+    from klkit.api.reproduce import reproduce_estimators, save_table
     from klkit.cli.progress import Watcher
 
     if what not in WHAT:
@@ -40,7 +40,6 @@ def reproduce_command(
             pool=pool,
             max_tokens=max_tokens,
             seed=seed,
-            out=out,
             observe=watcher.observe,
         )
     typer.echo(
@@ -48,4 +47,5 @@ def reproduce_command(
         f"{table.prompts} prompts, {pool} strings each\n"
     )
     typer.echo(table.to_markdown())
+    save_table(table, out)
     typer.echo(f"\nsaved in {out}")

@@ -48,11 +48,15 @@ def end_tokens(model: Any, tokenizer: Any, size: int, ends: Sequence[int] | None
     if declared is None:
         raise ValueError(
             "expected a model that declares an end token, got none in its generation settings, its configuration or "
-            "its tokenizer; name the ids that end a response: load(spec, ends=[ID, ...])"
+            "its tokenizer; name the ids that end a response: 'MODEL,ends=ID' on the command line, "
+            "load(spec, ends=[ID]) in Python"
         )
     found = tuple(sorted({declared} if isinstance(declared, int) else {int(i) for i in declared}))
     if not found or found[0] < 0 or found[-1] >= size:
-        raise ValueError(f"expected end tokens between 0 and {size - 1}, got {list(found)}; pass ends=[ID, ...]")
+        raise ValueError(
+            f"expected end tokens between 0 and {size - 1}, got {list(found)}; "
+            f"name them: 'MODEL,ends=ID' on the command line, load(spec, ends=[ID]) in Python"
+        )
     return found
 
 

@@ -60,6 +60,7 @@ def render(result: Mapping[str, Any], whole: Batch, texts: Mapping[int, str], sa
         figure_strings=strings_figure(parts["strings"], counted) if parts["strings"] else "",
         strings=strings,
         shades=SHADES,
+        counted=counted,
         first=result["roles"][0],
         second=result["roles"][1],
         shade_limit=shade_limit(whole),

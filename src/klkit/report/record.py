@@ -15,8 +15,10 @@ exactly when its shard is there; everything else can be rebuilt from the shards.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -159,7 +161,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise RunFolderError(
             f"expected to write into {path}, got: {error}. Every batch finished before this is kept whole; "
-            f"make room or choose another --out, then continue with --resume"
+            f"make room and continue with --resume, or start anew in another --out"
         ) from error
 
 
@@ -183,6 +185,8 @@ class RunFolder:
             RunFolderError: the folder holds another run, or is not a run folder, or cannot be written.
         """
         folder = cls(path)
+        if path.exists() and not path.is_dir():
+            raise RunFolderError(f"expected a folder for --out, got the file {path}; choose another name")
         if resume and path.exists():
             folder.check_same_run(config, env)
         elif path.exists() and any(path.iterdir()):
@@ -205,7 +209,7 @@ class RunFolder:
         """
         if not (path / RESULT).is_file():
             state = "an unfinished run; finish it with --resume" if (path / SHARDS).is_dir() else "no run at all"
-            raise RunFolderError(f"expected a finished run with a {RESULT} in {path}, got {state}")
+            raise RunFolderError(f"expected a finished run with a {RESULT} in {path}, got {state}; check the path")
         return cls(path)
 
     def check_same_run(self, config: Mapping[str, Any], env: Mapping[str, Any]) -> None:
@@ -270,8 +274,13 @@ class RunFolder:
     def append(self, index: int, batch: Batch, lines: Sequence[Mapping[str, Any]]) -> None:
         """Store batch number ``index`` and its readable lines."""
         with disk_errors(self.path):
-            tensors = flatten(batch)
-            write_atomically(self.path / SHARDS / f"{index:05d}.safetensors", lambda beside: save_file(tensors, beside))
+            beside = self.path / SHARDS / f"{index:05d}.part"
+            try:
+                save_file(flatten(batch), beside)
+                # The name carries a digest, so that a shard that rots is not read as numbers.
+                os.replace(beside, self.path / SHARDS / f"{index:05d}-{_digest(beside)}.safetensors")
+            finally:
+                beside.unlink(missing_ok=True)
             with (self.path / SAMPLES).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
@@ -282,13 +291,16 @@ class RunFolder:
             RunFolderError: a shard is damaged, or one is missing in the middle.
         """
         found = []
-        for position, path in enumerate(sorted((self.path / SHARDS).glob("*.safetensors"))):
-            if path.stem != f"{position:05d}":
+        for position, path in enumerate(sorted((self.path / SHARDS).glob("[0-9]*-*.safetensors"))):
+            number, digest = path.stem.split("-", 1)
+            if number != f"{position:05d}":
                 raise RunFolderError(
                     f"expected shard {position:05d} in {self.path / SHARDS}, got {path.name} next; a batch is "
                     f"missing, so this run cannot be resumed: start again in another --out"
                 )
             try:
+                if _digest(path) != digest:
+                    raise ValueError("its content is not what was written")
                 found.append(unflatten(load_file(path)))
             except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
                 raise RunFolderError(
@@ -320,9 +332,7 @@ class RunFolder:
             write_text(self.path / TOKENS, json.dumps({str(token): text for token, text in texts.items()}))
             write_atomically(self.path / TENSORS, lambda beside: save_file(flatten(whole), beside))
             write_text(self.path / RESULT, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-            for shard in (self.path / SHARDS).glob("*.safetensors"):
-                shard.unlink()
-            (self.path / SHARDS).rmdir()
+            shutil.rmtree(self.path / SHARDS)
 
     def tokens(self) -> dict[int, str]:
         """Readable text of the tokens that the page shows, by id."""
@@ -349,3 +359,7 @@ class RunFolder:
 def _plain(value: Any) -> Any:
     """``value`` as it reads after a trip through JSON."""
     return json.loads(json.dumps(value))
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 STAKES = np.geomspace(0.02, 0.8, 8)  # shares of the wealth that are bet, side by side
-GRID = 1000  # candidate means: the bound is rounded down to this resolution
+GRID = 400  # candidate means: the bound is rounded down to this resolution
 CHUNK = 1 << 20  # logarithms held at a time
 
 
