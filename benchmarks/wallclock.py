@@ -12,6 +12,7 @@ beside what one float32 tensor of the logits of all those tokens would take.
 """
 
 import argparse
+import gc
 import json
 import resource
 import statistics
@@ -49,6 +50,8 @@ def seconds(work: Callable[[], object]) -> float:
 def time_passes(options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of each piece of work in each round."""
     p, q = klkit.load(options.p), klkit.load(options.q)
+    gc.collect()
+    gc.freeze()  # as the command line does: a collection of all imported objects costs 0.1 s wherever it falls
     context = p.context(None)
     plan = Plan([context], [context], options.samples, options.max_tokens, seed=0)
     size = resolve_batch_size(p, plan, "auto")

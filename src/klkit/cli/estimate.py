@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Mapping
 from datetime import datetime
@@ -233,6 +234,8 @@ def carry_out(settings: Any, out: Path | None, json_path: str | None, resume: bo
         try:
             from klkit.api.run import run
 
+            # A million objects of imported libraries that never die: the collector need not look at them again.
+            gc.freeze()
             result = run(settings, out=folder, resume=resume, observe=watcher.observe)
         except KeyboardInterrupt:
             watcher.close()
