@@ -15,8 +15,7 @@ from torch import Tensor
 from klkit.api.settings import MINIMUM_STRINGS
 from klkit.estimators.rao_blackwell import rao_blackwell
 from klkit.estimators.statistics import TokenStatistics, collect
-from klkit.models.base import LanguageModel
-from klkit.numerics import rows_per_chunk
+from klkit.models.base import LanguageModel, read_rows
 from klkit.report.record import Batch, Details, RunFolder, RunFolderError, join
 from klkit.results import Estimate
 from klkit.rng import numpy_stream
@@ -243,10 +242,9 @@ def details(
     """Both models' most probable tokens at every decision of the strings ``rows``."""
     wanted = torch.isin(x.row(), rows)
     count = min(count, p.vocabulary.size)
-    size = rows_per_chunk(p.vocabulary.size)
 
     def top(model: LanguageModel, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        chunks = [model.readout(h).topk(count) for h in torch.split(hidden[wanted.to(hidden.device)], size)]
+        chunks = [logp.topk(count) for logp in read_rows(model, hidden[wanted.to(hidden.device)])]
         if not chunks or not len(chunks[0].values):
             return torch.zeros(0, count), torch.zeros(0, count, dtype=torch.long)
         return torch.cat([c.values for c in chunks]).cpu(), torch.cat([c.indices for c in chunks]).cpu()

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from klkit.divergences.fused import RowStatistics, mixture_kl, row_statistics
-from klkit.models.base import LanguageModel, VocabularyMismatch
+from klkit.models.base import LanguageModel, VocabularyMismatch, read_rows
 from klkit.numerics import rows_per_chunk
 from klkit.sequences import Sequences
 
@@ -123,10 +123,14 @@ def collect(
     innovations: list[Tensor] = []
     mixtures: list[Tensor] = []
     log_ratio = torch.zeros(len(x), dtype=torch.float64)  # Σ_{i<n} u_i of each string so far
-    flat = (hidden_p, hidden_q, x.targets(), x.row())
-    chunks = zip(*(torch.split(tensor, size) for tensor in flat), strict=True)
-    for h, g, y, row in chunks:
-        logp, logq = p.readout(h), q.readout(g)
+    chunks = zip(
+        read_rows(p, hidden_p, rows=size),
+        read_rows(q, hidden_q, rows=size),
+        torch.split(x.targets(), size),
+        torch.split(x.row(), size),
+        strict=True,
+    )
+    for logp, logq, y, row in chunks:
         if logp.shape != logq.shape:
             raise VocabularyMismatch(
                 f"expected two models over one vocabulary, got rows of {logp.shape[-1]} and {logq.shape[-1]} "

@@ -122,6 +122,22 @@ class LanguageModel(Protocol):
         ...
 
 
+CHUNKS_A_READOUT = 16
+"""Chunks whose rows are read out together: a head's weights are streamed once a product, however few the rows."""
+
+
+def read_rows(
+    model: LanguageModel, hidden: Float[Tensor, "m d"], *, rows: int | None = None
+) -> Iterator[Float[Tensor, "_c v"]]:
+    """Log-probabilities of trunk vectors in chunks of ``rows``: by default as many as stay in a core's cache.
+
+    Shapes: chunks ``(c, v)`` whose ``c`` sum to ``m``; nats.
+    """
+    size = rows or rows_per_chunk(model.vocabulary.size)
+    for block in torch.split(hidden, CHUNKS_A_READOUT * size):
+        yield from torch.split(model.readout(block), size)
+
+
 def log_probs(model: LanguageModel, x: Sequences, *, rows: int | None = None) -> Iterator[Float[Tensor, "c v"]]:
     """Log-probabilities at every decision of the strings ``x``, in chunks of ``rows`` decisions.
 
@@ -129,6 +145,4 @@ def log_probs(model: LanguageModel, x: Sequences, *, rows: int | None = None) ->
 
     Shapes: chunks ``(c, v)`` whose ``c`` sum to ``x.decisions``; nats.
     """
-    hidden = model.encode(x)
-    for chunk in torch.split(hidden, rows or rows_per_chunk(model.vocabulary.size)):
-        yield model.readout(chunk)
+    yield from read_rows(model, model.encode(x), rows=rows)
