@@ -50,8 +50,6 @@ def seconds(work: Callable[[], object]) -> float:
 def time_passes(options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of each piece of work in each round."""
     p, q = klkit.load(options.p), klkit.load(options.q)
-    gc.collect()
-    gc.freeze()  # as the command line does: a collection of all imported objects costs 0.1 s wherever it falls
     context = p.context(None)
     plan = Plan([context], [context], options.samples, options.max_tokens, seed=0)
     size = resolve_batch_size(p, plan, "auto")
@@ -79,11 +77,13 @@ def time_passes(options: argparse.Namespace) -> dict[str, list[float]]:
 
     work = {SAMPLING: sampling, SCORING: scoring, IN_MEMORY: in_memory, ON_DISK: on_disk}
     times: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(options.rounds + 1):
+    for function in work.values():  # warms up, and imports what the report needs
+        function()
+    gc.collect()
+    gc.freeze()  # as the command line does: a collection of all imported objects costs 0.1 s wherever it falls
+    for _ in range(options.rounds):
         for name, function in work.items():
-            taken = seconds(function)
-            if turn:  # the first round warms up
-                times[name].append(taken)
+            times[name].append(seconds(function))
     return times
 
 
