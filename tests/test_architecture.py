@@ -87,13 +87,13 @@ def test_no_global_randomness():
 
 def test_import_and_help_leave_torch_alone():
     code = "import klkit, sys; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), sorted(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     code = (
         "import sys\nfrom klkit.cli import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
 
 
 def test_public_names_exist_and_are_documented():

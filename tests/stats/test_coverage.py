@@ -48,7 +48,9 @@ def test_intervals_of_prompts_with_several_strings_contain_the_exact_divergence(
     """Most of what rb_cv leaves is variance between prompts: strings taken for independent would show here."""
     monkeypatch.setattr(coverage, "KINDS", [("rb_cv", "S"), ("rb", "R")])
     monkeypatch.setattr(coverage, "POOL", 8000)
-    for cell in coverage.automata(120, PAIR, ["16 prompts x 4"]):
+    cells = list(coverage.automata(120, PAIR, ["16 prompts x 4"]))
+    assert [cell.method for cell in cells] == ["rb_cv/S", "rb/R"]
+    for cell in cells:
         check(cell)
 
 

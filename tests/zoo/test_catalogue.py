@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from klkit.api.prompts import read_prompts
 from klkit.zoo import grammar
-from klkit.zoo.build import rounded
+from klkit.zoo.build import rounded, write_prompts
 from klkit.zoo.catalogue import CATALOGUE, names, path, size
 from klkit.zoo.tokenizer import END
 
@@ -153,3 +153,9 @@ def test_packaged_prompts_are_short_and_different() -> None:
         prompts = read_prompts(f"klkit:{Path(file).stem}")
         assert len(prompts) == 64 == len(set(prompts.contents))
         assert all(len(str(text).split()) <= 8 for text in prompts.contents)
+
+
+def test_packaged_prompts_of_the_grammar_come_from_the_build(tmp_path: Path) -> None:
+    write_prompts(tmp_path)
+    packaged = path("docs").parents[1] / "prompts" / "reviews.jsonl"
+    assert (tmp_path / "reviews.jsonl").read_bytes() == packaged.read_bytes()

@@ -36,7 +36,10 @@ def build_command(
     seed: Annotated[int, typer.Option(help="Seed of corpora, initial weights and batches.")] = 0,
 ) -> None:
     """Train the packaged checkpoints again, from seeds (some minutes on one core)."""
-    from klkit.zoo.build import build
+    from klkit.zoo.build import build, write_prompts
 
     for path in build(out, names=name, seed=seed):
         typer.echo(str(path))
+    if name is None:
+        write_prompts(out / "prompts", seed=seed)
+        typer.echo(str(out / "prompts"))
