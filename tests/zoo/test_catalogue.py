@@ -156,6 +156,6 @@ def test_packaged_prompts_are_short_and_different() -> None:
 
 
 def test_packaged_prompts_of_the_grammar_come_from_the_build(tmp_path: Path) -> None:
-    write_prompts(tmp_path)
+    write_prompts(tmp_path / "new" / "prompts")
     packaged = path("docs").parents[1] / "prompts" / "reviews.jsonl"
-    assert (tmp_path / "reviews.jsonl").read_bytes() == packaged.read_bytes()
+    assert (tmp_path / "new" / "prompts" / "reviews.jsonl").read_bytes() == packaged.read_bytes()

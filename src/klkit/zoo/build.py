@@ -199,6 +199,7 @@ def write_prompts(folder: str | Path, *, seed: int = 0, count: int = 64) -> None
 
     Reviews are grouped by what their opening says of the film, paragraphs by where they come from.
     """
+    Path(folder).mkdir(parents=True, exist_ok=True)
     random = numpy_stream(seed, "prompts")
 
     def opening(text: str, most: int) -> str:
