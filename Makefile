@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := $(VENV)/.bench
 
 .PHONY: demo test check coverage-table bench clean
 
@@ -19,7 +20,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python tests/check_wheel.py
 
-bench: $(STAMP)
+bench: $(PEERS)
 	$(BIN)/python benchmarks/wallclock.py
 	$(BIN)/python benchmarks/variance.py
 
@@ -30,6 +31,12 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,dev]"
 	touch $(STAMP)
+
+# What klkit is compared with. Liger's chunked losses are plain PyTorch; the Triton it asks for is of no use without a GPU.
+$(PEERS): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps liger-kernel
+	touch $(PEERS)
 
 clean:
 	rm -rf $(VENV) dist build
