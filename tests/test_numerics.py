@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from klkit import numerics
 from klkit.numerics import (
     FLOOR,
     NEAR,
@@ -15,6 +16,7 @@ from klkit.numerics import (
     excess,
     excess_series,
     floored,
+    linear,
     log1mexp,
     log_softmax,
     lost,
@@ -24,6 +26,7 @@ from klkit.numerics import (
     split,
     widen,
 )
+from klkit.rng import stream
 
 
 def precise_excess(d: float) -> float:
@@ -174,3 +177,24 @@ def test_work_by_rows_is_work_on_the_whole(shape):
     sizes = []
     by_rows(lambda a: sizes.append(a.numel() * 4) or a.sum(-1), x)
     assert max(sizes) <= 2 << 20
+
+
+@pytest.mark.parametrize("rows", [1, 2, 33])
+@pytest.mark.parametrize("biased", [False, True])
+def test_large_products_are_those_of_double_precision(rows, biased, monkeypatch):
+    x, weight = torch.randn(rows, 40, generator=stream(0, "x")), torch.randn(500, 40, generator=stream(0, "w"))
+    bias = torch.randn(500, generator=stream(0, "b")) if biased else None
+    wide = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    monkeypatch.setattr(numerics, "PRODUCT_WORK", 0)
+    for left, right in ((x, weight), (x.repeat_interleave(2, 1)[:, ::2], weight), (x, weight.t().contiguous().t())):
+        torch.testing.assert_close(linear(left, right, bias).double(), wide, rtol=0, atol=2e-5)
+    assert torch.equal(linear(x.double(), weight.double()), torch.nn.functional.linear(x.double(), weight.double()))
+
+
+def test_products_that_are_trained_keep_their_gradient(monkeypatch):
+    monkeypatch.setattr(numerics, "PRODUCT_WORK", 0)
+    x, weight = torch.ones(2, 3), torch.ones(4, 3, requires_grad=True)
+    linear(x, weight).sum().backward()
+    assert torch.equal(weight.grad, torch.full((4, 3), 2.0))
+    with torch.no_grad():
+        assert not linear(x, weight).requires_grad

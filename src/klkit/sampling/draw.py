@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from klkit.numerics import rows_per_chunk
+from klkit.numerics import LN2, rows_per_chunk
 
 TOLERANCE: dict[torch.dtype, float] = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Margins below this are settled: twice what log-probabilities of a model of this precision may
@@ -58,7 +58,7 @@ def block_masses(logp: Float[Tensor, "b v"]) -> Float[Tensor, "b k"]:
     whole = size // width
     masses = []
     for chunk in torch.split(logp, rows_per_chunk(size, bytes_per_value=logp.element_size())):
-        p = chunk.exp()
+        p = (chunk * (1 / LN2)).exp2_()  # on some CPUs a quarter of the time of exp
         full = p[:, : whole * width].reshape(len(p), whole, width).sum(-1)
         masses.append(full if whole == count else torch.cat([full, p[:, whole * width :].sum(-1, keepdim=True)], 1))
     return torch.cat(masses)
