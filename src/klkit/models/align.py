@@ -174,7 +174,9 @@ def _over(model: LanguageModel, common: Vocabulary, keep: Sequence[int] | None) 
             wrapped = restrict(wrapped, inside)
     if size < common.size:
         wrapped = extend(wrapped, common.size, common.tokens[size:])
-    return Transformed(base=wrapped, rows=lambda logp: logp, vocabulary=common, name=model.name)
+    return Transformed(
+        base=wrapped, rows=lambda logp: logp, vocabulary=common, name=model.name, heads=lambda head: head
+    )
 
 
 def _padded(vocabulary: Vocabulary, size: int) -> tuple[str | None, ...]:

@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from klkit.numerics import rows_per_chunk
+from klkit.divergences.linear import Head
+from klkit.numerics import rows_per_chunk, widen
 from klkit.sequences import Content, Sequences
 
 
@@ -122,6 +123,30 @@ class LanguageModel(Protocol):
         ...
 
 
+@runtime_checkable
+class HasHead(Protocol):
+    """What a model may offer beyond the contract: its read-out as a linear map, for those who want raw logits.
+
+    Logits are read into a buffer that is used again, and gradients go through the map without the
+    logits of a whole batch ever existing. ``log_softmax(head.logits(h))`` must be ``readout(h)``.
+    """
+
+    def head(self) -> Head | None:
+        """The map from trunk vectors to logits, or None where the read-out is no such map."""
+        ...
+
+
+def head_of(model: LanguageModel) -> Head | None:
+    """The output head of ``model``, or None where it has none to hand over.
+
+    Example:
+        >>> from klkit.models.automaton import coin
+        >>> head_of(coin(end=0.5)) is None
+        True
+    """
+    return model.head() if isinstance(model, HasHead) else None
+
+
 CHUNKS_A_READOUT = 16
 """Chunks whose rows are read out together: a head's weights are streamed once a product, however few the rows."""
 
@@ -136,6 +161,32 @@ def read_rows(
     size = rows or rows_per_chunk(model.vocabulary.size)
     for block in torch.split(hidden, CHUNKS_A_READOUT * size):
         yield from torch.split(model.readout(block), size)
+
+
+def read_logits(
+    model: LanguageModel, hidden: Float[Tensor, "m d"], *, rows: int | None = None
+) -> Iterator[Float[Tensor, "_c v"]]:
+    """Logits of trunk vectors in chunks of ``rows``, normalised or not, all in one buffer.
+
+    Every chunk overwrites the one before: be done with it, or copy it, before asking for the next; it may be
+    written to. A model without a head gives the log-probabilities of its read-out, in tensors of their own.
+
+    Shapes: chunks ``(c, v)`` whose ``c`` sum to ``m``; at least fp32; ``-inf`` at excluded tokens.
+
+    Args:
+        rows: rows a chunk; by default as many as stay in a core's cache.
+    """
+    head, size = head_of(model), model.vocabulary.size
+    rows = rows or rows_per_chunk(size)
+    if head is None:
+        yield from read_rows(model, hidden, rows=rows)
+        return
+    # Several chunks a product, but no more room than that of the default.
+    together = rows * max(1, CHUNKS_A_READOUT * rows_per_chunk(size) // rows)
+    dtype = torch.promote_types(widen(hidden).dtype, widen(head.weight).dtype)
+    buffer = torch.empty(min(together, len(hidden)), size, dtype=dtype, device=head.weight.device)
+    for block in torch.split(hidden, together):
+        yield from torch.split(head.logits(block, out=buffer[: len(block)]), rows)
 
 
 def log_probs(model: LanguageModel, x: Sequences, *, rows: int | None = None) -> Iterator[Float[Tensor, "c v"]]:

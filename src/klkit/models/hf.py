@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from klkit.divergences.linear import Head
 from klkit.models import tokenization
 from klkit.models.base import Vocabulary
 from klkit.models.split import SplitNetwork, close
@@ -156,6 +157,10 @@ class HuggingFaceModel:
         """
         with torch.no_grad():
             return log_softmax(self._network.logits(h))
+
+    def head(self) -> Head | None:
+        """The output head where it is a plain linear layer, scale and cap included; None behind an adapter."""
+        return self._network.head()
 
     def embedding(self) -> Float[Tensor, "v e"] | None:
         """Input embeddings in single precision, one row a token; None if the model has none to show."""

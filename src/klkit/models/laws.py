@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from klkit import rng
-from klkit.models.base import LanguageModel
+from klkit.models.base import LanguageModel, head_of, read_logits
 from klkit.sequences import Content, Sequences
 
 AGREEMENT = {torch.float64: 1e-9, torch.float32: 5e-4, torch.float16: 0.05, torch.bfloat16: 0.3}
@@ -157,6 +157,10 @@ def _string_laws(
     hidden = model.encode(x)
     single = torch.cat([_read(model, hidden[i : i + 1]) for i in range(len(hidden))])
     yield compare("the read-out works row by row", single, _read(model, hidden))
+
+    if head_of(model) is not None:
+        logits = torch.cat([chunk.double().log_softmax(-1).cpu() for chunk in read_logits(model, hidden, rows=3)])
+        yield compare("logits of the output head normalise to the read-out", logits, _read(model, hidden))
 
 
 def deviation(rows: Float[Tensor, "m v"], reference: Float[Tensor, "k w"]) -> float:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from klkit.divergences.linear import Head
 
 # Factors and divisors that architectures apply to the output of the head, by configuration key.
 LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -104,21 +105,19 @@ class SplitNetwork:
         """Logits of trunk vectors, never rounded below single precision: head, then the cap or scale."""
         if self._head is None:
             return h
+        if (head := self.head()) is not None:
+            return head.logits(h)
         if self._activate is not None:
             self._activate()
-        if self._wide_head is None:
-            logits = self._head(h)
-        else:
-            logits = nn.functional.linear(h.to(self._wide_head[0]), *self._wide_head)
+        logits = self._head(h)
         return _after_head(logits if logits.dtype == torch.float64 else logits.float(), self._factor, self._cap)
 
-    @cached_property
-    def _wide_head(self) -> tuple[Tensor, Tensor | None] | None:
-        """Weights of a plain half-precision head in fp32: logits rounded to bf16 are a bias, not noise."""
-        head = self._head
-        if type(head) is not nn.Linear or head.weight.dtype not in (torch.float16, torch.bfloat16):
+    def head(self) -> Head | None:
+        """The way from trunk vectors to logits, where all of it is one linear layer that nothing alters."""
+        if self._head is None or not _plain(self._head):
             return None
-        return head.weight.detach().float(), None if head.bias is None else head.bias.detach().float()
+        weight, bias = cast(Tensor, self._head.weight), cast(Tensor | None, self._head.bias)
+        return Head(weight, bias, self._factor, self._cap, min(self.size, len(weight)))
 
     def _verify(self, tokens: Int[Tensor, "1 l"], name: str) -> tuple[int, int]:
         """Settle how logits follow from trunk vectors, or that nothing is cut; return (v, d)."""
@@ -136,18 +135,18 @@ class SplitNetwork:
                     f"expected a causal language model, got {type(self.network).__name__}, whose prediction of a token "
                     f"changes with what comes after it; load a model that was trained to predict the next token"
                 )
-            size = int(logits.shape[-1])
+            self.size = int(logits.shape[-1])
             declared = _declared_after_head(self.network.config.get_text_config(decoder=True))
             for self._factor, self._cap in dict.fromkeys([declared, (1.0, None)]):
                 self._head = head
                 try:
                     hidden = self.trunk(tokens, mask)[0]
                     if head is not None and close(self.logits(hidden[0]), logits[0], 128 if _full(logits) else 8):
-                        return size, int(hidden.shape[-1])
+                        return self.size, int(hidden.shape[-1])
                 except (ValueError, TypeError, RuntimeError, IndexError):
                     continue  # the head is not called once with (b, l, d): not a cut this class knows
         self._head = None
-        return size, size
+        return self.size, self.size
 
 
 def close(a: Tensor, b: Tensor, roundings: int) -> bool:
@@ -163,6 +162,13 @@ def close(a: Tensor, b: Tensor, roundings: int) -> bool:
     eps = max(torch.finfo(t.dtype).eps for t in (a, b, torch.empty(0)))
     a, b = a[finite].double(), b[finite].double()
     return float((a - b).abs().max()) <= min(0.1, roundings * eps) * float(b.abs().max().clamp(min=1e-30))
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether a module is a linear layer and nothing else: no adapter, no hook, no weights elsewhere."""
+    if type(module) is not nn.Linear or module.weight.is_meta or not module.weight.is_floating_point():
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _full(x: Tensor) -> bool:

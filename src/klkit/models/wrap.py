@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from klkit.divergences.linear import Head
 from klkit.models.automaton import Automaton
-from klkit.models.base import LanguageModel, NotTractable, Vocabulary
+from klkit.models.base import LanguageModel, NotTractable, Vocabulary, head_of
 from klkit.numerics import log_softmax
 from klkit.sequences import Content, Sequences
 
@@ -35,12 +36,14 @@ class Transformed:
         rows: maps normalised rows ``(m, v)`` to normalised rows over ``vocabulary``, row by row.
         vocabulary: what the transformed model chooses from.
         name: the base's name and what was done to it.
+        heads: the same map on the base's output head, where it leads to another head.
     """
 
     base: LanguageModel
     rows: Rows
     vocabulary: Vocabulary
     name: str
+    heads: Callable[[Head], Head] | None = None
 
     @property
     def window(self) -> int | None:
@@ -95,6 +98,11 @@ class Transformed:
         """The base's state of the given rows."""
         return self.base.select(state, rows)
 
+    def head(self) -> Head | None:
+        """The base's output head, mapped, where it has one and the map leads to one."""
+        base = head_of(self.base)
+        return None if base is None or self.heads is None else self.heads(base)
+
     def embedding(self) -> Float[Tensor, "v e"] | None:
         """The base's vectors, and zeros for added tokens."""
         table = self.base.embedding()
@@ -115,8 +123,14 @@ class Transformed:
         return tokens.where(tokens < self.base.vocabulary.size, self.base.vocabulary.ends[0])
 
 
-def _transformed(model: LanguageModel, rows: Rows, what: str) -> Transformed:
-    return Transformed(base=model, rows=rows, vocabulary=model.vocabulary, name=f"{model.name}|{what}")
+def _transformed(
+    model: LanguageModel, rows: Rows, what: str, heads: Callable[[Head], Head] | None = None
+) -> Transformed:
+    return Transformed(base=model, rows=rows, vocabulary=model.vocabulary, name=f"{model.name}|{what}", heads=heads)
+
+
+def _same(head: Head) -> Head:
+    return head
 
 
 def temperature(model: LanguageModel, t: float) -> Transformed:
@@ -135,7 +149,7 @@ def temperature(model: LanguageModel, t: float) -> Transformed:
     """
     if not 0 < t < float("inf"):
         raise ValueError(f"expected a positive finite temperature, got {t}; for greedy decoding use top_k(model, 1)")
-    return _transformed(model, lambda logp: log_softmax(logp / t), f"temperature={t:g}")
+    return _transformed(model, lambda logp: log_softmax(logp / t), f"temperature={t:g}", lambda head: head.cooled(t))
 
 
 def top_k(model: LanguageModel, k: int) -> Transformed:
@@ -191,7 +205,9 @@ def top_p(model: LanguageModel, p: float) -> Transformed:
         keep = torch.zeros_like(logp, dtype=torch.bool).scatter_(-1, ids, mass.cumsum(-1) - mass < p)
         return log_softmax(logp.masked_fill(~keep, -torch.inf))
 
-    return _transformed(model, rows, f"top_p={p:g}") if p < 1 else _transformed(model, lambda logp: logp, "top_p=1")
+    return (
+        _transformed(model, rows, f"top_p={p:g}") if p < 1 else _transformed(model, lambda logp: logp, "top_p=1", _same)
+    )
 
 
 def restrict(model: LanguageModel, allowed: Sequence[int]) -> Transformed:
@@ -225,7 +241,9 @@ def restrict(model: LanguageModel, allowed: Sequence[int]) -> Transformed:
             )
         return log_softmax(kept)
 
-    return _transformed(model, rows, f"restrict={len(ids)}")
+    # The first ids only, as where padding rows are left out, are a head with fewer rows.
+    heads = (lambda head: head.cut(len(ids))) if ids[-1] == len(ids) - 1 else None
+    return _transformed(model, rows, f"restrict={len(ids)}", heads)
 
 
 def extend(model: LanguageModel, size: int, tokens: Sequence[str | None] = ()) -> Transformed:
@@ -258,6 +276,7 @@ def extend(model: LanguageModel, size: int, tokens: Sequence[str | None] = ()) -
         rows=lambda logp: torch.nn.functional.pad(logp, (0, added), value=-torch.inf),
         vocabulary=Vocabulary(names, own.ends),
         name=f"{model.name}|extend={size}",
+        heads=_same,  # what a head has no row for is excluded
     )
 
 
