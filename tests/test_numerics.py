@@ -188,6 +188,11 @@ def test_large_products_are_those_of_double_precision(rows, biased, monkeypatch)
     monkeypatch.setattr(numerics, "PRODUCT_WORK", 0)
     for left, right in ((x, weight), (x.repeat_interleave(2, 1)[:, ::2], weight), (x, weight.t().contiguous().t())):
         torch.testing.assert_close(linear(left, right, bias).double(), wide, rtol=0, atol=2e-5)
+    for work in (0, 1 << 60):
+        monkeypatch.setattr(numerics, "PRODUCT_WORK", work)
+        out = torch.zeros(rows, 600)[:, :500]
+        assert linear(x, weight, bias, out=out).data_ptr() == out.data_ptr()
+        torch.testing.assert_close(out.double(), wide, rtol=0, atol=2e-5)
     assert torch.equal(linear(x.double(), weight.double()), torch.nn.functional.linear(x.double(), weight.double()))
 
 

@@ -47,12 +47,19 @@ def widen(x: Tensor) -> Tensor:
 
 
 def linear(
-    x: Float[Tensor, "m d"], weight: Float[Tensor, "v d"], bias: Float[Tensor, " v"] | None = None
+    x: Float[Tensor, "m d"],
+    weight: Float[Tensor, "v d"],
+    bias: Float[Tensor, " v"] | None = None,
+    *,
+    out: Float[Tensor, "m v"] | None = None,
 ) -> Float[Tensor, "m v"]:
     """``x Wᵀ + b``; in single precision on a CPU, and where no gradient is wanted, by oneDNN if torch has it.
 
     torch leaves such products to its BLAS (MKL), which on other makes of processor runs at a half to a third of their
     rate. oneDNN, which torch carries for half precision, generates code for the processor at hand.
+
+    Args:
+        out: where to write the product, if no gradient is wanted.
 
     Example:
         >>> import torch
@@ -62,10 +69,12 @@ def linear(
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     plain = all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in (x, weight, bias))
     large = x.shape[0] * weight.numel() >= PRODUCT_WORK
-    if _onednn_linear is None or trained or not (plain and large) or torch.is_autocast_enabled("cpu"):
+    if _onednn_linear is not None and plain and large and not trained and not torch.is_autocast_enabled("cpu"):
+        product: Tensor = _onednn_linear(x, weight, bias, "none", [], "")
+        return product if out is None else out.copy_(product)
+    if out is None:
         return torch.nn.functional.linear(x, weight, bias)
-    product: Tensor = _onednn_linear(x, weight, bias, "none", [], "")
-    return product
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
 def log_softmax(logits: Float[Tensor, "*b v"]) -> Float[Tensor, "*b v"]:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from klkit.numerics import rows_per_chunk, widen
+from klkit.numerics import linear, rows_per_chunk, widen
 
 TILE_BYTES = 4 << 20
 """Bytes of a half-precision weight, once widened, that are worked on at a time: they stay in cache."""
@@ -114,11 +114,9 @@ class Head:
     def _product(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor) -> None:
         """``z = factor · (hidden Wᵀ + b)``, the weight widened a tile at a time if need be."""
         for tile, wide in wide_tiles(weight, z.dtype):
-            part = z[:, tile]
-            if bias is None:
-                torch.addmm(part, hidden, wide.t(), beta=0, alpha=self.factor, out=part)
-            else:
-                torch.addmm(bias[tile].to(z.dtype), hidden, wide.t(), beta=self.factor, alpha=self.factor, out=part)
+            part = linear(hidden, wide, None if bias is None else bias[tile].to(z.dtype), out=z[:, tile])
+            if self.factor != 1.0:
+                part *= self.factor
 
 
 def wide_tiles(weight: Float[Tensor, "v d"], dtype: torch.dtype) -> Iterator[tuple[slice, Float[Tensor, "_t d"]]]:
