@@ -10,6 +10,7 @@ import klkit
 from klkit.api.run import measure, run
 from klkit.api.settings import Settings
 from klkit.api.strings import Plan, run_strings
+from klkit.estimators.statistics import TokenStatistics
 from klkit.models.automaton import coin, random_automaton
 from klkit.report.record import RunFolder, RunFolderError
 from klkit.rng import stream
@@ -38,11 +39,16 @@ def test_the_headline_is_near_the_exact_value(pair):
     assert float(result.lower_bound["value"]) < truth
 
 
+def drawn(p, q, size):
+    batches = []
+    run_strings(p, q, plan(p), keep=batches.append, batch_size=size)
+    return TokenStatistics.cat([batch.statistics for batch in batches])
+
+
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_batch_size_changes_nothing(pair, size):
     p, q = pair
-    one = run_strings(p, q, plan(p), batch_size=16).statistics
-    other = run_strings(p, q, plan(p), batch_size=size).statistics
+    one, other = drawn(p, q, 16), drawn(p, q, size)
     assert torch.equal(one.x.targets(), other.x.targets())
     torch.testing.assert_close(one.rows.kl, other.rows.kl, rtol=1e-12, atol=1e-14)
 
@@ -121,7 +127,7 @@ def test_an_interrupted_run_resumes_to_the_same_result(pair, tmp_path):
     second = Settings(p="p", q="q", samples=60, max_tokens=30, batch_size=11)
     resumed = measure(p, q, second, out=tmp_path / "parts", resume=True)
     assert resumed.headline.value == pytest.approx(whole.headline.value, rel=1e-12)
-    samples = RunFolder.open(tmp_path / "parts").samples()
+    samples = list(RunFolder.open(tmp_path / "parts").samples())
     assert [s["tokens"] for s in samples] == [s["tokens"] for s in RunFolder.open(tmp_path / "whole").samples()]
     assert not (tmp_path / "parts" / "shards").exists()
 

@@ -12,6 +12,7 @@ import tiny
 from klkit import rng
 from klkit.divergences.fused import row_statistics
 from klkit.estimators.audit import Audit, audit, standardised, tail_bound
+from klkit.estimators.evidence import Deviation
 from klkit.estimators.statistics import TokenStatistics, collect, score
 from klkit.models.automaton import Automaton, memoryless, random_automaton
 from klkit.models.base import LanguageModel
@@ -208,9 +209,8 @@ def test_rounding_alone_never_fails(shift):
 
 
 def test_without_variance_any_difference_fails():
-    zero, noise = torch.zeros(3, dtype=torch.float64), torch.full((3,), 1e-15, dtype=torch.float64)
-    assert standardised("x", zero, zero, noise, "Nothing").verdict == "pass"
-    assert standardised("x", zero + 0.1, zero, noise, "Something").verdict == "fail"
+    assert standardised("x", Deviation(), 3e-15, "Nothing").verdict == "pass"
+    assert standardised("x", Deviation(total=0.3, squares=0.03), 3e-15, "Something").verdict == "fail"
 
 
 def test_it_is_plain_json():

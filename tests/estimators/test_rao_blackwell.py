@@ -11,7 +11,7 @@ from enumeration import strings
 from klkit.estimators import summarise
 from klkit.estimators.exact import exact
 from klkit.estimators.monte_carlo import monte_carlo
-from klkit.estimators.rao_blackwell import prefix_sums, rao_blackwell
+from klkit.estimators.rao_blackwell import rao_blackwell
 from klkit.estimators.statistics import score
 from klkit.models.automaton import automaton
 from klkit.sampling.ancestral import sample
@@ -53,7 +53,7 @@ def test_strings_of_another_law_need_the_weight_of_the_prefix_only(seed):
     rb = fold(rao_blackwell, statistics)
     assert law.mean(rb) == pytest.approx(answer.value, abs=1e-10)
     assert law.variance(rb) < law.variance(fold(monte_carlo, statistics))
-    lengths = torch.from_numpy(prefix_sums(statistics, torch.ones(law.x.decisions)))
+    lengths = statistics.strings().decisions
     assert law.mean(rb) / law.mean(lengths) == pytest.approx(answer.rate, abs=1e-10)
 
 

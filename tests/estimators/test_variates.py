@@ -6,7 +6,7 @@ from tests.bank import random_pair, short_pair
 from tests.enumeration import strings
 
 from klkit.estimators.statistics import score
-from klkit.estimators.variates import Moments, accumulate, ended, later, token_features, variates
+from klkit.estimators.variates import ended, later, token_features, variates
 from klkit.rng import stream
 
 
@@ -40,40 +40,6 @@ def test_variances_given_the_prefix_are_the_known_ones():
     weight = everything.probability[statistics.x.row()][:, None]
     drawn = torch.stack([v.end[:, 0], v.other[:, 0], v.other[:, 2]], dim=1).square()
     assert by_prefix(statistics.x, weight * (drawn - v.variance)).abs().max() < 1e-12
-
-
-def test_moments_have_the_means_that_fitting_relies_on():
-    everything, statistics = scored(*random_pair(4), 4)
-    parts = [accumulate(statistics.select(torch.tensor([i])))[1] for i in range(len(everything.x))]
-
-    def mean(name):
-        values = torch.stack([torch.from_numpy(getattr(part, name)) for part in parts])
-        return torch.tensordot(everything.probability, values, 1)
-
-    gram, e = mean("gram"), parts[0].echo.shape[1]
-    assert torch.allclose(mean("going_on")[:e], gram[:e, :e], atol=1e-12)
-    assert torch.allclose(mean("going_on")[e:], gram[e:, :e], atol=1e-12)
-    assert mean("echo").abs().max() < 1e-12
-    for i, known in enumerate(mean("known")):
-        assert torch.allclose(known, gram[i * e : (i + 1) * e, i * e : (i + 1) * e], atol=1e-12)
-    # Targets are covariances of the variates with what is still to come, and so with the whole string's sum.
-    sums, _ = accumulate(statistics)
-    total = statistics.per_string(statistics.rows.kl)
-    covariance = everything.probability @ (torch.from_numpy(sums) * total[:, None])
-    assert torch.allclose(mean("target")[:, 0], covariance, atol=1e-12)
-    # Sums of variates vary as the gram says: their increments are uncorrelated.
-    squares = torch.from_numpy(sums).T @ (everything.probability[:, None] * torch.from_numpy(sums))
-    assert torch.allclose(squares, gram, atol=1e-12)
-
-
-def test_moments_of_parts_add_up():
-    _, statistics = scored(*random_pair(5), 3)
-    n = len(statistics.x)
-    whole = accumulate(statistics)[1]
-    parts = [accumulate(statistics.select(rows))[1] for rows in torch.randperm(n).split(4)]
-    both = Moments.cat(parts)
-    for name in Moments.__slots__:
-        assert torch.allclose(torch.as_tensor(getattr(both, name)), torch.as_tensor(getattr(whole, name)), atol=1e-12)
 
 
 def test_a_cut_string_has_no_end():

@@ -7,15 +7,16 @@ import shutil
 import subprocess
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import klkit
 from klkit.models.automaton import random_automaton
-from klkit.report.html import embed, heat_map, render
+from klkit.report.html import SATURATED, embed, heat_map, render, shade_limit, upper_quantile
 from klkit.report.record import RunFolder
 from klkit.report.text import printable
-from klkit.rng import stream
+from klkit.rng import numpy_stream, stream
 
 HOSTILE = [
     "</script><script>document.title='owned'</script>",
@@ -43,7 +44,7 @@ def hostile_page(folder):
         row["text"] = texts[row["token"]]
     result["provenance"]["models"]["p"]["name"] = HOSTILE[0]
     result["notes"] = [HOSTILE[0]]
-    return render(result, folder.whole(), texts, folder.samples())
+    return render(result, folder.shown(), shade_limit(folder), texts, [])
 
 
 class Tags(html.parser.HTMLParser):
@@ -75,26 +76,34 @@ def test_tokens_that_are_markup_or_control_characters_stay_text(hostile_page):
 
 
 def test_the_heat_map_says_what_the_statistics_say(folder):
-    whole = folder.whole()
-    strings = heat_map(whole, folder.tokens())
+    few = folder.shown().statistics
+    strings = heat_map(folder.shown(), shade_limit(folder), folder.tokens())
     assert len(strings) == 24
     assert [s["kl"] for s in strings] == sorted((s["kl"] for s in strings), reverse=True)
-    sums = whole.statistics.per_string(whole.statistics.rows.kl)
+    sums = few.per_string(few.rows.kl)
     for s in strings:
         assert s["kl"] == pytest.approx(float(sums[s["number"]]))
-        assert [t["t"] for t in s["top"]] == whole.statistics.x.completion(s["number"]).tolist()
+        assert [t["t"] for t in s["top"]] == few.x.completion(s["number"]).tolist()
         for token in s["top"]:
             assert token["tp"][0][1] >= token["tp"][-1][1]
 
 
 def test_infinite_divergence_makes_a_page(folder):
-    whole, result = folder.whole(), folder.result()
-    rows = whole.statistics.rows
+    shown, result = folder.shown(), folder.result()
+    rows = shown.statistics.rows
     kl = rows.kl.clone()
     kl[0] = torch.inf
-    whole = replace(whole, statistics=replace(whole.statistics, rows=replace(rows, kl=kl)))
+    shown = replace(shown, statistics=replace(shown.statistics, rows=replace(rows, kl=kl)))
     result["headline"]["value"] = "inf"
-    assert "∞" in render(result, whole, folder.tokens(), folder.samples())
+    assert "∞" in render(result, shown, shade_limit(folder), folder.tokens(), [])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 199, 201, 1000])
+def test_the_scale_ends_at_a_quantile_of_all_decisions(count):
+    values = numpy_stream(0, "shade", count).exponential(size=count)
+    for size in (1, 7, 1000):
+        parts = np.split(values, range(size, count, size))
+        assert upper_quantile(parts, count, SATURATED) == pytest.approx(np.quantile(values, SATURATED), rel=1e-12)
 
 
 def test_printable_and_embed():

@@ -1,4 +1,4 @@
-"""From per-decision statistics to a result: estimates, checks, bounds, breakdowns, and words for them."""
+"""From the sums of a run to a result: estimates, checks, bounds, breakdowns, and words for them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from klkit.api.breakdown import breakdown, no_breakdown
+from klkit.api.breakdown import no_breakdown
 from klkit.api.companions import describe_floor, per_token, text_rows
+from klkit.api.gather import Gathered
 from klkit.api.settings import Settings
-from klkit.api.strings import Plan, no_details
+from klkit.api.strings import Plan
 from klkit.api.text import Windows
 from klkit.api.words import both_audits, lines, renamed, say
 from klkit.estimators import mixture, summarise
 from klkit.estimators.audit import audit
-from klkit.estimators.statistics import TokenStatistics
+from klkit.estimators.strings import StringStatistics
 from klkit.models.base import LanguageModel
-from klkit.report.record import Batch
 from klkit.results import Comparison, Estimate, jsonable
 from klkit.stats.intervals import cluster_totals
 from klkit.stats.sequential import running_lower_bound
@@ -32,7 +31,7 @@ TWO_PASSES = "sampling pass against a teacher-forced pass of the same model"
 
 
 def from_strings(
-    whole: Batch,
+    whole: Gathered,
     p: LanguageModel,
     q: LanguageModel,
     settings: Settings,
@@ -42,27 +41,26 @@ def from_strings(
     dtype_floor: Float[Tensor, " k"] | None = None,
 ) -> Comparison:
     """Result of a run that sampled strings from ``p`` (for the reverse divergence: from the run's q)."""
-    statistics = whole.statistics
     reverse = settings.divergence == "reverse_kl"
     roles = ("q", "p") if reverse else ("p", "q")
     direction = "KL(q‖p)" if reverse else "KL(p‖q)"
 
     def estimate(method: str, estimand: str) -> Estimate:
-        summary = summarise(method, statistics, estimand=estimand, divergence=settings.divergence, direction=direction)
+        summary = summarise(method, whole.tally, estimand=estimand, divergence=settings.divergence, direction=direction)
         return replace(summary, unit=settings.unit)
 
     table = [estimate(method, "S") for method in TABLE]
     headline = next(e for e in table if e.method == settings.method)
     # Per token little is left for variates to explain (a long string's large sum is no surprise), so rb it is.
     rate = estimate("mc" if settings.method == "mc" else "rb", "R")
-    checks = audit(statistics, same=p is q, pieces=p.pieces, floor=whole.floor, precision=p.dtype)
+    checks = audit(whole.tally, same=p is q, pieces=p.pieces, floor=whole.floor, precision=p.dtype)
     floor = describe_floor(whole.floor, TWO_PASSES, settings.floor)
     if dtype_floor is not None:
         floor = describe_floor(dtype_floor, "the model in fp32 against the model as run", "dtype")
     return put_together(
         headline,
         (*table, rate),
-        statistics,
+        whole,
         audited=renamed(checks.to_dict(), roles),
         floor=floor,
         settings=settings,
@@ -79,8 +77,8 @@ def from_strings(
 
 
 def from_two_directions(
-    forward: Batch,
-    backward: Batch,
+    forward: Gathered,
+    backward: Gathered,
     p: LanguageModel,
     q: LanguageModel,
     settings: Settings,
@@ -89,7 +87,7 @@ def from_two_directions(
     env: Mapping[str, Any],
 ) -> Comparison:
     """Result for a divergence of which half is estimated from strings of ``p`` and half from those of ``q``."""
-    one, two = forward.statistics, backward.statistics
+    one, two = forward.tally, backward.tally
     if settings.divergence == "js":
         estimates = [mixture.jensen_shannon(one, two)]
     else:
@@ -106,13 +104,13 @@ def from_two_directions(
             f"the {settings.divergence} divergence is estimated by {headline.method}: it has no variates yet",
         )
     checks = [
-        audit(batch.statistics, same=p is q, pieces=model.pieces, floor=batch.floor, precision=model.dtype).to_dict()
-        for batch, model in ((forward, p), (backward, q))
+        audit(whole.tally, same=p is q, pieces=model.pieces, floor=whole.floor, precision=model.dtype).to_dict()
+        for whole, model in ((forward, p), (backward, q))
     ]
     return put_together(
         headline,
         tuple(estimates),
-        one,
+        forward,
         audited=both_audits(checks[0], renamed(checks[1], ("q", "p"))),
         floor=describe_floor(forward.floor, TWO_PASSES, settings.floor),
         settings=settings,
@@ -121,49 +119,49 @@ def from_two_directions(
         sentence=say(
             headline,
             f"p = {p.name}, q = {q.name}",
-            f"from {len(one.x)} responses of p and {len(two.x)} of q of at most {plan.max_tokens} tokens",
+            f"from {len(forward)} responses of p and {len(backward)} of q of at most {plan.max_tokens} tokens",
         ),
         model=p,
     )
 
 
 def from_text(
-    statistics: TokenStatistics,
+    whole: Gathered,
     p: LanguageModel,
     q: LanguageModel,
     settings: Settings,
     windows: Windows,
     notes: Sequence[str],
     env: Mapping[str, Any],
-) -> tuple[Batch, Comparison]:
+) -> Comparison:
     """Result of scoring a fixed text: estimand F, with the quantiles that users of llama.cpp know."""
-    headline = replace(summarise("rb", statistics, estimand="F"), unit=settings.unit, method="exact")
+    headline = replace(summarise("rb", whole.tally, estimand="F"), unit=settings.unit, method="exact")
     result = put_together(
         headline,
         (headline,),
-        statistics,
-        audited=audit(statistics, given=True, same=p is q, pieces=p.pieces).to_dict(),
-        floor=describe_floor(torch.zeros(0), "", "none"),
+        whole,
+        audited=audit(whole.tally, given=True, same=p is q, pieces=p.pieces).to_dict(),
+        floor=describe_floor(whole.floor, "", "none"),
         settings=settings,
         env=env,
         notes=(*notes, *windows.notes, *headline.notes),
         sentence=say(
             headline,
             f"p = {p.name}, q = {q.name}",
-            f"over {statistics.x.decisions} scored tokens of {len(set(windows.x.prompt.tolist()))} document(s)",
+            f"over {windows.x.decisions} scored tokens of {whole.strings.prompts} document(s)",
         ),
         model=p,
     )
-    rows = text_rows(statistics, headline)
+    rows = text_rows(whole.strings, whole.every, headline)
     said = {**{row["name"]: row["text"] for row in rows}, **result.lines}
     companions = {**result.companions, "text_rows": rows}
-    return Batch(statistics, no_details(), torch.zeros(0)), replace(result, lines=said, companions=companions)
+    return replace(result, lines=said, companions=companions)
 
 
 def put_together(
     headline: Estimate,
     estimates: tuple[Estimate, ...],
-    statistics: TokenStatistics,
+    whole: Gathered,
     *,
     audited: Mapping[str, Any],
     floor: Mapping[str, Any],
@@ -177,17 +175,17 @@ def put_together(
     """The parts that all kinds of runs share.
 
     Args:
-        statistics: of the strings that breakdowns are about.
+        whole: the strings that breakdowns are about.
         model: the model that wrote them, which knows how to spell its tokens.
         roles: what the run calls that model, and the one it is compared with.
     """
-    companions = per_token(statistics, roles)
+    companions = per_token(whole.strings, roles)
     bound, shape = {}, {}
     # Half of a symmetric divergence is not broken down: it would be another quantity under the headline's name.
-    parts = no_breakdown() if headline.divergence in ("js", "jeffreys") else breakdown(statistics, model.pieces)
+    parts = no_breakdown() if headline.divergence in ("js", "jeffreys") else whole.parts(model)
     if headline.divergence in ("kl", "reverse_kl"):
-        shape = tail_of(statistics)
-        bound = lower_bound_of(statistics) if headline.estimand == "S" else {}
+        shape = tail_of(whole.strings)
+        bound = lower_bound_of(whole.strings) if headline.estimand == "S" else {}
     return Comparison(
         headline=headline,
         estimates=estimates,
@@ -206,19 +204,19 @@ def put_together(
     )
 
 
-def cluster_means(statistics: TokenStatistics) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def cluster_means(strings: StringStatistics) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Mean RB sum of each cluster, in the order in which the run came to them: a file's order may be sorted."""
-    sums, cluster = statistics.per_string(statistics.rows.kl).numpy(), statistics.x.cluster.numpy()
+    sums, cluster = strings.kl.numpy(), strings.cluster.numpy()
     totals, weights = cluster_totals(sums, np.ones(len(sums)), cluster)
     _, first = np.unique(cluster, return_index=True)
     return np.asarray((totals / weights)[np.argsort(first)])
 
 
-def lower_bound_of(statistics: TokenStatistics) -> dict[str, Any]:
+def lower_bound_of(strings: StringStatistics) -> dict[str, Any]:
     """A bound below the divergence that assumes nothing but non-negative terms, in nats."""
-    means = cluster_means(statistics)
+    means = cluster_means(strings)
     # Later rounds of strings revise earlier means, so then the bound speaks of the end of the run only.
-    anytime = len(means) == len(statistics.x)
+    anytime = len(means) == len(strings)
     return {
         "level": 0.95,
         "value": jsonable(float(running_lower_bound(means)[-1])),
@@ -228,9 +226,9 @@ def lower_bound_of(statistics: TokenStatistics) -> dict[str, Any]:
     }
 
 
-def tail_of(statistics: TokenStatistics) -> dict[str, Any]:
+def tail_of(strings: StringStatistics) -> dict[str, Any]:
     """Shape of the right tail of the clusters' means; empty if one is infinite."""
-    means = cluster_means(statistics)
+    means = cluster_means(strings)
     if not np.isfinite(means).all():
         return {}
     shape = tail(means)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from klkit.estimators.statistics import TokenStatistics
+from klkit.estimators.strings import StringStatistics
 from klkit.results import jsonable
-from klkit.stats.intervals import cluster_totals, ratio_stderr
+from klkit.stats.intervals import ratio_stderr
 
 SINGLE_POSITIONS = 32  # positions shown one by one; later ones in bins that grow by a quarter
 LISTED_TOKENS = 30
@@ -20,29 +22,131 @@ HISTOGRAM_BINS = 40
 Array = NDArray[np.float64]
 
 
-def breakdown(statistics: TokenStatistics, pieces: Callable[[Sequence[int]], list[str]]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, eq=False)
+class PositionSums:
+    """Sums over the decisions of some strings by where in their strings they are.
+
+    Attributes:
+        cluster: names of the clusters, ``(c,)``.
+        kl: ``Σ D_n`` of each cluster in each bin of :func:`position_bins`, ``(c, b)``.
+        decisions: how many, ``(c, b)``.
+        end_kl: the part of the end tokens, over all clusters, ``(b,)``.
+        longest: decisions of the longest string.
+    """
+
+    cluster: NDArray[np.int64]
+    kl: Array
+    decisions: Array
+    end_kl: Array
+    longest: int
+
+    @classmethod
+    def of(cls, statistics: TokenStatistics) -> PositionSums:
+        """Those of one batch; decisions that are infinitely apart count as 0 (see :func:`breakdown`)."""
+        x = statistics.x
+        position, longest = x.position().numpy(), int(x.lengths.max())
+        starts = np.array([start for start, _ in position_bins(longest)])
+        place = np.searchsorted(starts, position, side="right") - 1
+        names, index = np.unique(x.cluster.numpy(), return_inverse=True)
+        shape = (len(names), len(starts))
+        cell = index[x.row().numpy()] * len(starts) + place
+        kl = finite(statistics.rows.kl.double().numpy())
+        return cls(
+            names,
+            totals(cell, kl, shape[0] * shape[1]).reshape(shape),
+            totals(cell, np.ones(len(cell)), shape[0] * shape[1]).reshape(shape),
+            totals(place, finite(statistics.rows.end_kl.double().numpy()), len(starts)),
+            longest,
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[PositionSums]) -> PositionSums:
+        """Those of several batches together."""
+        names, index = np.unique(np.concatenate([part.cluster for part in parts]), return_inverse=True)
+        longest = max(part.longest for part in parts)
+        width = len(position_bins(longest))
+        kl, decisions, end_kl = np.zeros((len(names), width)), np.zeros((len(names), width)), np.zeros(width)
+        ends = np.cumsum([len(part.cluster) for part in parts])
+        for part, rows in zip(parts, np.split(index, ends[:-1]), strict=True):
+            bins = len(part.end_kl)
+            kl[rows, :bins] += part.kl
+            decisions[rows, :bins] += part.decisions
+            end_kl[:bins] += part.end_kl
+        return PositionSums(names, kl, decisions, end_kl, longest)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenSums:
+    """Sums over some decisions by which token was drawn, each ``(t,)``.
+
+    Attributes:
+        token: the tokens' ids, ascending.
+        count: how often each was drawn.
+        mean: mean ``D_n`` of those decisions.
+        squares: ``Σ (D_n − mean)²``.
+        log_ratio: sum of the log-ratios.
+    """
+
+    token: NDArray[np.int64]
+    count: Array
+    mean: Array
+    squares: Array
+    log_ratio: Array
+
+    @classmethod
+    def of(cls, token: NDArray[np.int64], kl: Array, log_ratio: Array) -> TokenSums:
+        """Those of decisions whose token, divergence and log-ratio are given, ``(m,)`` each."""
+        return cls._sum(token, np.ones(len(token)), kl, np.zeros(len(token)), log_ratio)
+
+    @staticmethod
+    def cat(parts: Sequence[TokenSums]) -> TokenSums:
+        """Those of several batches together."""
+        names = ("token", "count", "mean", "squares", "log_ratio")
+        return TokenSums._sum(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+    @classmethod
+    def _sum(cls, token: NDArray[np.int64], count: Array, mean: Array, squares: Array, log_ratio: Array) -> TokenSums:
+        token, index = np.unique(token, return_inverse=True)
+        total = totals(index, count, len(token))
+        centre = totals(index, count * mean, len(token)) / total
+        squares = totals(index, squares + count * (mean - centre[index]) ** 2, len(token))
+        return cls(token, total, centre, squares, totals(index, log_ratio, len(token)))
+
+
+def totals(group: NDArray[np.int64], values: Array, groups: int) -> Array:
+    """Sum ``values`` over the members of each group, ``(groups,)``."""
+    return np.bincount(group, values, minlength=groups).astype(np.float64, copy=False)
+
+
+def finite(values: Array) -> Array:
+    """``values`` with 0 for what is infinite or undefined."""
+    return np.where(np.isfinite(values), values, 0.0)
+
+
+def breakdown(
+    strings: StringStatistics,
+    positions: PositionSums,
+    tokens: TokenSums,
+    pieces: Callable[[Sequence[int]], list[str]],
+) -> dict[str, Any]:
     """The parts that a report shows, as plain values in nats.
 
     Args:
         pieces: turns token ids into readable text (``model.pieces``).
     """
-    rows, x = statistics.rows, statistics.x
-    kl = rows.kl.double().numpy()
+    kl = strings.kl.numpy()
     if not np.isfinite(kl).all():
         # Shares and means of an infinite total say nothing; the infinite positions are listed elsewhere.
         return no_breakdown()
-    end_kl = rows.end_kl.double().numpy()
-    total = float(kl.sum())
+    total, end = float(kl.sum()), float(positions.end_kl.sum())
     return {
-        "by_position": by_position(kl, end_kl, x.position().numpy(), x.cluster.numpy()[x.row().numpy()], len(x)),
-        "tokens": by_token(kl, statistics.log_ratio.double().numpy(), x.targets().numpy(), pieces),
-        "strings": by_string(
-            statistics.per_string(rows.kl).numpy(), statistics.per_string(statistics.log_ratio).numpy()
-        ),
+        "by_position": by_position(positions, len(strings)),
+        "tokens": by_token(tokens, pieces),
+        "strings": by_string(kl, strings.log_ratio.numpy()),
         "end": {
-            "end_share": float(end_kl.sum()) / total if total > 0 else 0.0,
-            "content_share": 1.0 - float(end_kl.sum()) / total if total > 0 else 0.0,
-            "end_nats_per_response": float(end_kl.sum()) / len(x),
+            "end_share": end / total if total > 0 else 0.0,
+            "content_share": 1.0 - end / total if total > 0 else 0.0,
+            "end_nats_per_response": end / len(strings),
         },
     }
 
@@ -68,48 +172,43 @@ def position_bins(longest: int) -> list[tuple[int, int]]:
     return bins
 
 
-def by_position(
-    kl: Array, end_kl: Array, position: NDArray[np.int64], cluster: NDArray[np.int64], strings: int
-) -> list[dict[str, Any]]:
+def by_position(sums: PositionSums, strings: int) -> list[dict[str, Any]]:
     """Mean KL of the decisions at each position, given that the string reached it, with its error."""
     found = []
-    for start, stop in position_bins(int(position.max()) + 1 if len(position) else 0):
-        inside = (position >= start) & (position < stop)
-        totals = cluster_totals(kl[inside], np.ones(int(inside.sum())), cluster[inside])
+    for i, (start, stop) in enumerate(position_bins(sums.longest)):
+        reached = sums.decisions[:, i] > 0
+        kl, decisions = sums.kl[reached, i], sums.decisions[reached, i]
+        total, count = float(kl.sum()), float(decisions.sum())
         found.append(
             {
                 "start": start,
                 "stop": stop,
-                "decisions": int(inside.sum()),
-                "kl": float(kl[inside].mean()),
-                "stderr": jsonable(ratio_stderr(*totals)),
-                "end_kl": float(end_kl[inside].mean()),
-                "nats_per_response": float(kl[inside].sum()) / strings,
+                "decisions": int(count),
+                "kl": total / count,
+                "stderr": jsonable(ratio_stderr(kl, decisions)),
+                "end_kl": float(sums.end_kl[i]) / count,
+                "nats_per_response": total / strings,
             }
         )
     return found
 
 
-def by_token(
-    kl: Array, log_ratio: Array, tokens: NDArray[np.int64], pieces: Callable[[Sequence[int]], list[str]]
-) -> list[dict[str, Any]]:
+def by_token(sums: TokenSums, pieces: Callable[[Sequence[int]], list[str]]) -> list[dict[str, Any]]:
     """The tokens at whose choice the models differ most, shrunk so that rare ones cannot lead by luck.
 
     The mean of a token drawn ``c`` times is pulled towards the overall mean as if it had been seen
     ``k`` more times with that mean; ``k`` is the ratio of the variance within tokens to the variance
     between them, estimated from the same data (empirical Bayes; Efron and Morris, 1975).
     """
-    ids, inverse, counts = np.unique(tokens, return_inverse=True, return_counts=True)
-    mean = np.bincount(inverse, kl) / counts
-    overall = float(kl.mean())
-    within = float(((kl - mean[inverse]) ** 2).sum()) / max(1, len(kl) - len(ids))
+    ids, counts, mean = sums.token, sums.count, sums.mean
+    decisions, total = float(counts.sum()), float(counts @ mean)
+    overall = total / decisions
+    within = float(sums.squares.sum()) / max(1.0, decisions - len(ids))
     spread = float((counts * (mean - overall) ** 2).sum()) - (len(ids) - 1) * within
-    scale = len(kl) - float((counts.astype(float) ** 2).sum()) / len(kl)
+    scale = decisions - float((counts**2).sum()) / decisions
     between = max(spread / scale, 0.0) if scale > 0 else 0.0
     weight = counts / (counts + within / between) if between > 0 else np.zeros(len(ids))
     shrunk = overall + weight * (mean - overall)
-    ratio = np.bincount(inverse, log_ratio) / counts
-    share = np.bincount(inverse, kl) / kl.sum() if kl.sum() > 0 else np.zeros(len(ids))
     listed = [i for i in np.argsort(-shrunk, kind="stable") if counts[i] >= MINIMUM_COUNT][:LISTED_TOKENS]
     texts = pieces([int(ids[i]) for i in listed])
     return [
@@ -119,8 +218,8 @@ def by_token(
             "count": int(counts[i]),
             "kl": float(mean[i]),
             "kl_shrunk": float(shrunk[i]),
-            "log_ratio": jsonable(float(ratio[i])),
-            "share": float(share[i]),
+            "log_ratio": jsonable(float(sums.log_ratio[i] / counts[i])),
+            "share": float(counts[i] * mean[i]) / total if total > 0 else 0.0,
         }
         for i, text in zip(listed, texts, strict=True)
     ]

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from klkit.api.words import interval_text
-from klkit.estimators.statistics import TokenStatistics
+from klkit.estimators.strings import StringStatistics
 from klkit.results import Estimate, jsonable
 from klkit.stats.intervals import cluster_totals, ratio_interval, ratio_stderr
 from klkit.stats.quantiles import quantile_interval
@@ -27,22 +28,20 @@ def describe_floor(values: Float[Tensor, " k"], kind: str, wanted: str) -> dict[
     return {"kind": kind, "value": jsonable(float(x.mean())), "stderr": jsonable(error), "n": len(x), "unit": "nats"}
 
 
-def per_token(statistics: TokenStatistics, roles: tuple[str, str] = ("p", "q")) -> dict[str, Any]:
+def per_token(strings: StringStatistics, roles: tuple[str, str] = ("p", "q")) -> dict[str, Any]:
     """Companions of the divergence at the same decisions, per token, with clustered errors, by the models' names."""
     first, second = roles
-    rows, x = statistics.rows, statistics.x
-    lengths = x.lengths.double().numpy()
-    cluster = x.cluster.numpy()
+    lengths, cluster = strings.lengths.double().numpy(), strings.cluster.numpy()
     columns = {
-        f"entropy_{first}": rows.entropy_p,
-        f"entropy_{second}": rows.entropy_q,
-        f"reverse_kl_at_{first}": rows.reverse_kl,
-        "total_variation": rows.total_variation,
-        "same_top": rows.same_top.double(),
+        f"entropy_{first}": strings.entropy_p,
+        f"entropy_{second}": strings.entropy_q,
+        f"reverse_kl_at_{first}": strings.reverse_kl,
+        "total_variation": strings.total_variation,
+        "same_top": strings.same_top,
     }
     found: dict[str, Any] = {}
     for name, values in columns.items():
-        totals, weights = cluster_totals(statistics.per_string(values).numpy(), lengths, cluster)
+        totals, weights = cluster_totals(values.numpy(), lengths, cluster)
         with np.errstate(invalid="ignore"):
             mean, error = float(totals.sum() / weights.sum()), ratio_stderr(totals, weights)
         found[name] = {"value": jsonable(mean), "stderr": jsonable(error)}
@@ -51,10 +50,13 @@ def per_token(statistics: TokenStatistics, roles: tuple[str, str] = ("p", "q")) 
     return found
 
 
-def text_rows(statistics: TokenStatistics, headline: Estimate) -> list[dict[str, Any]]:
-    """Mean, median, 99 and 99.9 %, largest and same-top-1 of the per-token KL, each with its error."""
-    kl = statistics.rows.kl.double().numpy()
-    cluster = statistics.x.cluster[statistics.x.row()].numpy()
+def text_rows(strings: StringStatistics, kl: NDArray[np.float64], headline: Estimate) -> list[dict[str, Any]]:
+    """Mean, median, 99 and 99.9 %, largest and same-top-1 of the per-token KL, each with its error.
+
+    Args:
+        kl: of every decision, string by string, ``(m,)``: quantiles cannot be had from sums.
+    """
+    cluster = np.repeat(strings.cluster.numpy(), strings.lengths.numpy())
     scale = headline.in_unit(1.0)
     interval = headline.interval()
     rows = [
@@ -87,11 +89,7 @@ def text_rows(statistics: TokenStatistics, headline: Estimate) -> list[dict[str,
             "method": "of this text; other text may exceed it",
         }
     )
-    agree = cluster_totals(
-        statistics.per_string(statistics.rows.same_top.double()).numpy(),
-        statistics.x.lengths.double().numpy(),
-        statistics.x.cluster.numpy(),
-    )
+    agree = cluster_totals(strings.same_top.numpy(), strings.lengths.double().numpy(), strings.cluster.numpy())
     share = ratio_interval(*agree)
     rows.append(
         {

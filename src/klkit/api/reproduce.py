@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from klkit.api.prepare import load_models, make_plan, prepare, resolved
 from klkit.api.prompts import read_prompts
-from klkit.api.run import draw_strings
+from klkit.api.run import draw_batches
 from klkit.api.settings import Settings
 from klkit.api.strings import Observer
 from klkit.estimators import ESTIMATORS
@@ -185,8 +185,9 @@ def reproduce_estimators(
     chosen = Prompts(read_prompts(prompts).contents[:count])
     pair = prepare(*load_models(settings), settings)
     plan, _ = make_plan(pair, settings, chosen)
-    table = estimator_table(draw_strings(pair, plan, settings, None, observe).statistics, seed=seed)
-    return table
+    batches: list[TokenStatistics] = []
+    draw_batches(pair, plan, settings, lambda batch: batches.append(batch.statistics), observe=observe)
+    return estimator_table(TokenStatistics.cat(batches), seed=seed)
 
 
 def save_table(table: Table, out: Path) -> None:

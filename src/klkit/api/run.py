@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from klkit.api.assemble import from_strings, from_text, from_two_directions
+from klkit.api.gather import Gathered
 from klkit.api.prepare import (
     Pair,
     contexts_digest,
@@ -23,15 +24,26 @@ from klkit.api.prepare import (
 )
 from klkit.api.prompts import read_documents, read_prompts
 from klkit.api.settings import Settings
-from klkit.api.strings import Observer, Plan, batches_of, describe, dtype_floor, run_strings
+from klkit.api.strings import (
+    Observer,
+    Plan,
+    batches_of,
+    describe,
+    dtype_floor,
+    mend_samples,
+    no_details,
+    run_strings,
+)
 from klkit.api.text import Windows, cut
 from klkit.estimators import summarise
-from klkit.estimators.statistics import TokenStatistics, score
+from klkit.estimators.statistics import score
+from klkit.estimators.tally import Tally
 from klkit.estimators.variates import token_features
 from klkit.models.base import LanguageModel
 from klkit.models.spec import load
 from klkit.report.html import write_report
-from klkit.report.record import Batch, RunFolder
+from klkit.report.record import RunFolder
+from klkit.report.shards import Batch, Shown
 from klkit.results import Comparison
 from klkit.sequences import Prompts
 
@@ -106,9 +118,7 @@ def measure(
             documents, lambda text: document_ids(pair.p, text), shortest(settings.context, pair.p.window, pair.q.window)
         )
         folder = start(out, settings, env, resume)
-        whole, result = measure_text(pair, settings, windows, env)
-        if folder is not None:
-            folder.rewrite_samples(describe(pair.p, whole.statistics))
+        whole, result = measure_text(pair, settings, windows, env, folder)
     else:
         plan, notes = make_plan(pair, settings, prompts)
         pair = replace(pair, notes=(*pair.notes, *notes))
@@ -125,7 +135,7 @@ def measure(
                 wide = prepare(wide, pair.q, settings, prompts).p
             whole, result = measure_strings(pair, plan, settings, env, wide, folder, observe)
     if folder is not None:
-        folder.finish(whole, result.to_dict(), shown_texts(pair.p, whole))
+        folder.finish(result.to_dict(), shown_texts(pair.p, whole.shown))
         write_report(folder)
     return result
 
@@ -148,16 +158,15 @@ def measure_strings(
     wide: LanguageModel | None,
     folder: RunFolder | None,
     observe: Observer | None,
-) -> tuple[Batch, Comparison]:
+) -> tuple[Gathered, Comparison]:
     """Estimand S and R from strings of ``pair.p``."""
     whole = draw_strings(pair, plan, settings, folder, observe)
-    enough = stop_rule(settings)
-    if enough is not None and not enough(whole.statistics):
+    if settings.rtol is not None and not narrow_enough(whole.tally, settings):
         cut_short = (
             f"the interval is still wider than rtol={settings.rtol:g} allows: {plan.total} strings were the limit"
         )
         pair = replace(pair, notes=(*pair.notes, cut_short))
-    floor = None if wide is None else dtype_floor(wide, pair.p, whole.statistics.x)
+    floor = None if wide is None else dtype_floor(wide, pair.p, whole.shown.statistics.x)
     return whole, from_strings(whole, pair.p, pair.q, settings, plan, pair.notes, env, floor)
 
 
@@ -169,37 +178,57 @@ def draw_strings(
     observe: Observer | None,
     *,
     mixture: bool = False,
-) -> Batch:
-    """The strings of one direction, drawn, scored and kept."""
+) -> Gathered:
+    """The strings of one direction, drawn, scored and summed up."""
+    found = Gathered(plan.clusters)
+    draw_batches(
+        pair,
+        plan,
+        settings,
+        found.add,
+        mixture=mixture,
+        enough=None if settings.rtol is None else lambda: narrow_enough(found.tally, settings),
+        folder=folder,
+        observe=observe,
+    )
+    return found
+
+
+def draw_batches(
+    pair: Pair,
+    plan: Plan,
+    settings: Settings,
+    keep: Callable[[Batch], None],
+    *,
+    mixture: bool = False,
+    enough: Callable[[], bool] | None = None,
+    folder: RunFolder | None = None,
+    observe: Observer | None = None,
+) -> None:
+    """Draw and score the strings of one direction as ``settings`` say, and hand over every batch."""
     embedding = pair.p.embedding()
-    return run_strings(
+    run_strings(
         pair.p,
         pair.q,
         plan,
+        keep=keep,
         batch_size=settings.batch_size,
         features=None if embedding is None else token_features(embedding, TOKEN_FEATURES),
         mixture=mixture,
         floor=settings.floor != "none",
-        enough=stop_rule(settings),
+        enough=enough,
         folder=folder,
         observe=observe,
     )
 
 
-def stop_rule(settings: Settings) -> Callable[[TokenStatistics], bool] | None:
-    """Whether the headline's interval is narrow enough, for ``--rtol``; None without it."""
-    if settings.rtol is None:
-        return None
-    rtol = settings.rtol
-
-    def enough(statistics: TokenStatistics) -> bool:
-        if bool((statistics.rows.lost > 0).any()):
-            return True  # infinite, whatever else is drawn
-        estimate = summarise(settings.method, statistics)
-        interval = estimate.interval()
-        return (interval.upper - interval.lower) / 2 <= rtol * abs(estimate.value)
-
-    return enough
+def narrow_enough(tally: Tally, settings: Settings) -> bool:
+    """Whether the headline's interval is as narrow as ``--rtol`` asks."""
+    if settings.rtol is None or bool((tally.strings().infinite > 0).any()):
+        return True  # infinite, whatever else is drawn
+    estimate = summarise(settings.method, tally)
+    interval = estimate.interval()
+    return (interval.upper - interval.lower) / 2 <= settings.rtol * abs(estimate.value)
 
 
 def measure_both(
@@ -210,7 +239,7 @@ def measure_both(
     folder: RunFolder | None,
     resume: bool,
     observe: Observer | None,
-) -> tuple[Batch, Comparison]:
+) -> tuple[Gathered, Comparison]:
     """Jensen-Shannon or Jeffreys: half from strings of ``p``, half from strings of ``q``."""
     mixture = settings.divergence == "js"
     below = None
@@ -220,22 +249,33 @@ def measure_both(
     backward = draw_strings(pair.swapped(), plan.swapped(), settings, below, observe, mixture=mixture)
     result = from_two_directions(forward, backward, pair.p, pair.q, settings, plan, pair.notes, env)
     if below is not None:
-        below.finish(backward, result.to_dict(), shown_texts(pair.p, backward))
+        below.finish(result.to_dict(), shown_texts(pair.p, backward.shown))
     return forward, result
 
 
-def measure_text(pair: Pair, settings: Settings, windows: Windows, env: Mapping[str, Any]) -> tuple[Batch, Comparison]:
+def measure_text(
+    pair: Pair, settings: Settings, windows: Windows, env: Mapping[str, Any], folder: RunFolder | None
+) -> tuple[Gathered, Comparison]:
     """Estimand F: both models read the windows; nothing is sampled."""
     size = settings.batch_size if isinstance(settings.batch_size, int) else 16
-    parts = [
-        score(pair.p, pair.q, windows.x.select(rows), batch_size=size) for rows in batches_of(len(windows.x), size)
-    ]
-    return from_text(TokenStatistics.cat(parts), pair.p, pair.q, settings, windows, pair.notes, env)
+    found = Gathered(0, every=True)
+    stored = 0
+    if folder is not None:
+        for batch in folder.batches():
+            found.add(batch)
+            stored += 1
+        mend_samples(folder, pair.p, len(found))
+    for number, rows in enumerate(batches_of(len(windows.x), size, start=len(found)), start=stored):
+        batch = Batch(score(pair.p, pair.q, windows.x.select(rows), batch_size=size), no_details(), torch.zeros(0))
+        if folder is not None:
+            folder.append(number, batch, describe(pair.p, batch.statistics))
+        found.add(batch)
+    return found, from_text(found, pair.p, pair.q, settings, windows, pair.notes, env)
 
 
-def shown_texts(model: LanguageModel, whole: Batch) -> dict[int, str]:
-    """Readable text of every token that a page about ``whole`` can show."""
-    x, details = whole.statistics.x.select(whole.details.string), whole.details
+def shown_texts(model: LanguageModel, shown: Shown) -> dict[int, str]:
+    """Readable text of every token that a page about a run can show."""
+    x, details = shown.statistics.x, shown.details
     inside = torch.arange(x.tokens.shape[1]) < x.stop[:, None]
     ids = torch.cat([x.tokens[inside], details.tokens_p.reshape(-1), details.tokens_q.reshape(-1)]).tolist()
     ids = sorted(set(ids))

@@ -16,7 +16,8 @@ from klkit.api.settings import MINIMUM_STRINGS
 from klkit.estimators.rao_blackwell import rao_blackwell
 from klkit.estimators.statistics import TokenStatistics, collect
 from klkit.models.base import LanguageModel, read_rows
-from klkit.report.record import Batch, Details, RunFolder, RunFolderError, join
+from klkit.report.record import RunFolder, RunFolderError
+from klkit.report.shards import Batch, Details
 from klkit.results import Estimate
 from klkit.rng import numpy_stream
 from klkit.sampling.ancestral import sample
@@ -52,6 +53,11 @@ class Plan:
     def swapped(self) -> Plan:
         """The same plan for the pair seen from ``q``."""
         return replace(self, contexts_p=self.contexts_q, contexts_q=self.contexts_p)
+
+    @property
+    def clusters(self) -> int:
+        """Independent units that strings may come from, numbered from 0: prompts, or the strings of the only one."""
+        return len(self.contexts_p) if len(self.contexts_p) > 1 else self.samples
 
     @property
     def total(self) -> int:
@@ -98,18 +104,20 @@ def run_strings(
     q: LanguageModel,
     plan: Plan,
     *,
+    keep: Callable[[Batch], None],
     batch_size: int | str = "auto",
     features: Float[Tensor, "v f"] | None = None,
     mixture: bool = False,
     rescore: bool | None = None,
     floor: bool = True,
-    enough: Callable[[TokenStatistics], bool] | None = None,
+    enough: Callable[[], bool] | None = None,
     folder: RunFolder | None = None,
     observe: Observer | None = None,
-) -> Batch:
+) -> None:
     """Draw and score the plan's strings, continuing after those that ``folder`` already holds.
 
     Args:
+        keep: given every batch, those in ``folder`` included, in order; nothing else remembers them.
         rescore: run ``p`` once more, teacher-forced in ``q``'s batch shapes, instead of reading out
             the trunk vectors of its sampling pass. By default only in half precision, where the
             difference between batch shapes is not negligible.
@@ -117,31 +125,34 @@ def run_strings(
         enough: called at growing numbers of strings; True stops the run.
         folder: where each batch is stored as soon as it is done.
     """
-    done = folder.batches() if folder is not None else []
-    start = 0
-    for number, batch in enumerate(done):
-        x = batch.statistics.x
-        if [prompt for prompt, _ in plan.slice(start, start + len(x))] != x.prompt.tolist():
-            raise RunFolderError(
-                f"expected the strings of this run's prompts in shard {number:05d}, got those of others; the "
-                f"folder holds shards of several runs, so it cannot be resumed: start again in another --out"
-            )
-        start += len(x)
-    if folder is not None and len(folder.samples()) != sum(len(batch.statistics.x) for batch in done):
-        folder.rewrite_samples([line for batch in done for line in describe(p, batch.statistics)])
+    running, number, count = Running(), 0, 0
+
+    def take(batch: Batch) -> None:
+        nonlocal number, count
+        keep(batch)
+        if observe is not None:
+            running.add(batch.statistics)
+        number, count = number + 1, count + len(batch.statistics.x)
+
+    if folder is not None:
+        for batch in folder.batches():
+            x = batch.statistics.x
+            if [prompt for prompt, _ in plan.slice(count, count + len(x))] != x.prompt.tolist():
+                raise RunFolderError(
+                    f"expected the strings of this run's prompts in shard {number:05d}, got those of others; the "
+                    f"folder holds shards of several runs, so it cannot be resumed: start again in another --out"
+                )
+            take(batch)
+        mend_samples(folder, p, count)
     if rescore is None:
         rescore = p.dtype not in (torch.float32, torch.float64)
     size = resolve_batch_size(p, plan, batch_size)
-    count = sum(len(batch.statistics.x) for batch in done)
     resumed, began, look = count, time.monotonic(), plan.next_look(0)
-    running = Running()
-    for batch in done:
-        running.add(batch.statistics)
     while count < plan.total:
         while enough is not None and look < count:
             look = plan.next_look(look)  # looks that a resumed run has behind it
         if enough is not None and count == look:
-            if enough(TokenStatistics.cat([batch.statistics for batch in done])):
+            if enough():
                 break
             look = plan.next_look(count)
         try:
@@ -156,13 +167,16 @@ def run_strings(
             size = max(1, size // 2)
             continue
         if folder is not None:
-            folder.append(len(done), batch, describe(p, batch.statistics))
-        done.append(batch)
-        running.add(batch.statistics)
-        count += len(batch.statistics.x)
+            folder.append(number, batch, describe(p, batch.statistics))
+        take(batch)
         if observe is not None:
             observe(running.progress(plan.total, time.monotonic() - began, count - resumed))
-    return join(done)
+
+
+def mend_samples(folder: RunFolder, p: LanguageModel, strings: int) -> None:
+    """Write samples.jsonl anew if it does not have a line for each of the ``strings`` that are done."""
+    if sum(1 for _ in folder.samples()) != strings:
+        folder.rewrite_samples(line for batch in folder.batches() for line in describe(p, batch.statistics))
 
 
 def resolve_batch_size(p: LanguageModel, plan: Plan, batch_size: int | str) -> int:
@@ -311,7 +325,7 @@ class Running:
         return Progress(estimate.n, total, self.tokens, estimate.value, estimate.stderr, seconds, fresh)
 
 
-def batches_of(n: int, size: int) -> Iterator[Int[Tensor, " k"]]:
-    """Index ranges of at most ``size`` that cover ``n``."""
-    for i in range(0, n, size):
+def batches_of(n: int, size: int, *, start: int = 0) -> Iterator[Int[Tensor, " k"]]:
+    """Index ranges of at most ``size`` that cover ``start`` to ``n``."""
+    for i in range(start, n, size):
         yield torch.arange(i, min(i + size, n))

@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from klkit.estimators.control_variate import cv_string, k3_string
 from klkit.estimators.horvitz_thompson import horvitz_thompson
-from klkit.estimators.martingale import fit, rb_cv
+from klkit.estimators.martingale import fitted, rb_cv
 from klkit.estimators.monte_carlo import k3_token, monte_carlo
-from klkit.estimators.rao_blackwell import prefix_sums, rao_blackwell
-from klkit.estimators.statistics import TokenStatistics
+from klkit.estimators.rao_blackwell import rao_blackwell
+from klkit.estimators.strings import StringStatistics
+from klkit.estimators.tally import Statistics
 from klkit.results import ESTIMANDS, Estimate
 
-ESTIMATORS: dict[str, Callable[[TokenStatistics], NDArray[np.float64]]] = {
+ESTIMATORS: dict[str, Callable[[Statistics], NDArray[np.float64]]] = {
     "mc": monte_carlo,
     "k3_string": k3_string,
     "cv_string": cv_string,
@@ -34,7 +34,7 @@ ESTIMATORS: dict[str, Callable[[TokenStatistics], NDArray[np.float64]]] = {
 
 def summarise(
     method: str,
-    statistics: TokenStatistics,
+    statistics: Statistics,
     *,
     estimand: str = "S",
     divergence: str = "kl",
@@ -45,6 +45,7 @@ def summarise(
 
     Args:
         method: a key of :data:`ESTIMATORS`.
+        statistics: of one batch of strings, or of all batches of a run (:class:`klkit.estimators.tally.Tally`).
         estimand: ``"S"``, per response; ``"R"``, per token of the model's own responses (a ratio of two means,
             the same number whatever the method); ``"F"``, per token of a given text, which ``"rb"`` alone measures.
         divergence: name for the record. Statistics are of ``(p, q)`` over ``p``'s strings; for the reverse
@@ -69,24 +70,22 @@ def summarise(
             f"expected a method among {', '.join(ESTIMATORS)} and an estimand among {', '.join(ESTIMANDS)}, "
             f"got {method!r} and {estimand!r}; see docs/how-to-choose.md"
         )
-    x, given = statistics.x, estimand == "F"
+    strings, given = statistics.strings(), estimand == "F"
     if given and method != "rb":
         raise ValueError(
             f"expected method 'rb' for estimand 'F', got {method!r}: on text that p did not write, the log-ratios of "
             f"its tokens say nothing about the mean over p's choices; use 'rb'"
         )
-    infinite, spread = statistics.rows.lost > 0, 1.0
+    infinite, spread = int((strings.infinite if given else strings.reached).sum()), 1.0
     if given:
-        contributions = statistics.per_string(statistics.rows.kl).numpy()
-        weights = x.lengths.double().numpy()
+        contributions, weights = strings.kl.numpy(), strings.lengths.double().numpy()
     else:
-        infinite = infinite & (statistics.prefix_weight() > 0)  # a prefix that p never writes makes nothing infinite
         if method == "rb_cv":  # what makes a mean precise does not make a ratio precise, and a reader wants its notes
-            fitted = fit(statistics, per_token=estimand == "R")
-            contributions, notes, spread = fitted.contributions, (*notes, *fitted.notes), fitted.spread
+            best = fitted(statistics, per_token=estimand == "R")
+            contributions, notes, spread = best.contributions, (*notes, *best.notes), best.spread
         else:
             contributions = ESTIMATORS[method](statistics)
-        weights = np.ones(len(x)) if estimand == "S" else prefix_sums(statistics, torch.ones(x.decisions))
+        weights = np.ones(len(strings)) if estimand == "S" else strings.decisions.numpy()
     return Estimate(
         method=method,
         divergence=divergence,
@@ -94,18 +93,16 @@ def summarise(
         estimand=estimand,
         contributions=contributions,
         weights=weights,
-        cluster=x.cluster.numpy(),
+        cluster=strings.cluster.numpy(),
         spread=spread,
-        prompts=len(set(x.prompt.tolist())),
-        truncated=0.0 if given else 1 - float(x.finished.double().mean()),
-        infinite=int(infinite.sum()),
-        notes=(*notes, *remarks(statistics, contributions, given=given, infinite=int(infinite.sum()))),
+        prompts=strings.prompts,
+        truncated=0.0 if given else strings.truncated,
+        infinite=infinite,
+        notes=(*notes, *remarks(strings, contributions, given=given, infinite=infinite)),
     )
 
 
-def remarks(
-    statistics: TokenStatistics, contributions: NDArray[np.float64], *, given: bool, infinite: int
-) -> list[str]:
+def remarks(strings: StringStatistics, contributions: NDArray[np.float64], *, given: bool, infinite: int) -> list[str]:
     """What a reader must be told beside a number: infinities it hides, and strings that are not ``p``'s own."""
     found = []
     if infinite and np.isfinite(contributions).all():
@@ -115,8 +112,8 @@ def remarks(
         )
     if given:
         found.append("contexts are a given text, not p's own responses: no statement about the laws over strings")
-    elif statistics.x.sampler_logp is not None:
-        weight = statistics.string_weight()
+    elif strings.foreign:
+        weight = strings.weight
         effective = float(weight.sum() ** 2 / (weight @ weight)) if bool((weight > 0).any()) else 0.0
         found.append(
             f"strings were drawn by another law than p and weighted; they are worth {effective:.1f} of {len(weight)} "

@@ -12,17 +12,18 @@ probability below one in a million.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from klkit.estimators.statistics import TokenStatistics
+from klkit.estimators.evidence import Deviation, Evidence
+from klkit.estimators.strings import StringStatistics
+from klkit.estimators.tally import Statistics, Tally
 from klkit.results import jsonable
 from klkit.stats.intervals import cluster_totals
 from klkit.stats.student import student_quantile
@@ -35,7 +36,6 @@ TRUNCATED = 0.05  # share of cut strings worth a warning
 EFFECTIVE = 0.1  # share of weighted strings that ought to count
 # Nats a token that two passes of one model may differ by: well above what is seen, well below what a bug does.
 TWO_PASSES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.05}
-ROUNDING = {torch.float64: 1e-18, torch.float32: 1e-9}  # a decision's divergence that rounding explains
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class Audit:
 
 
 def audit(
-    statistics: TokenStatistics,
+    statistics: Statistics,
     *,
     given: bool = False,
     same: bool = False,
@@ -125,43 +125,37 @@ def audit(
         >>> audit(score(p, q, x)).passed, audit(score(q, p, x)).passed
         (True, False)
     """
-    rows, x = statistics.rows, statistics.x
-    checks = [numbers(statistics), impossible(statistics, drawn=not given and x.sampler_logp is None)]
-    # Judged by the prefix alone, as it must be for the sums that are left to be martingales.
-    usable = rows.kl.isfinite() & rows.entropy_p.isfinite() & rows.variance_logp.isfinite() & (rows.lost == 0)
-    # A token that p cannot have drawn, or that has no number, fails a check of its own.
-    usable &= statistics.log_ratio.isfinite()
+    strings = statistics.strings()
+    evidence = statistics.evidence if isinstance(statistics, Tally) else Evidence.of(statistics)
+    checks = [numbers(evidence), impossible(evidence, drawn=not given and not strings.foreign)]
     exempt = ""
     if given:
         exempt = "the text was given, not drawn from p: its tokens cannot be tested against p"
-    elif x.sampler_logp is not None:
+    elif strings.foreign:
         exempt = "the strings were drawn by another law than p: their tokens cannot be tested against p"
-        checks.append(weights(statistics))
+        checks.append(weights(strings))
     else:
-        noise = rounding(statistics)
         checks += [
             standardised(
                 "log_ratio_z",
-                (statistics.log_ratio.double() - rows.kl.double())[usable],
-                rows.variance_ratio.double()[usable],
-                noise[usable],
+                evidence.log_ratio,
+                evidence.noise,
                 "Log-ratios of the drawn tokens against their exact means",
             ),
             standardised(
                 "surprisal_z",
-                (-rows.logp.double() - rows.entropy_p.double())[usable],
-                rows.variance_logp.double()[usable],
-                noise[usable],
+                evidence.surprisal,
+                evidence.noise,
                 "Surprisals of the drawn tokens against p's entropy",
             ),
-            likelihood(statistics),
-            *paired(statistics, usable),
+            likelihood(evidence),
+            *paired(strings, evidence.noise),
         ]
     if floor is not None and len(floor):
-        checks.append(two_passes(statistics, floor, precision))
+        checks.append(two_passes(strings, floor, precision))
     if not given:
-        checks.append(truncation(statistics))
-    return Audit((*checks, excluded(statistics, pieces), zero(statistics, same)), exempt)
+        checks.append(truncation(strings))
+    return Audit((*checks, excluded(evidence, pieces), zero(evidence, same)), exempt)
 
 
 def tail_bound(quadratic: float, variance: float, alarm: float) -> float:
@@ -188,12 +182,10 @@ def tail_bound(quadratic: float, variance: float, alarm: float) -> float:
     return float(np.sqrt((w + SCALES) * np.log((w + SCALES) / SCALES * (len(SCALES) / alarm) ** 2)).min())
 
 
-def standardised(
-    name: str, difference: Float[Tensor, " m"], variance: Float[Tensor, " m"], noise: Float[Tensor, " m"], what: str
-) -> Check:
-    """Hold the sum of mean-zero differences of known variance against the bound for any law."""
-    total, spread, slack = float(difference.sum()), math.sqrt(float(variance.sum())), float(noise.sum())
-    bound = tail_bound(float(difference @ difference), spread**2, FALSE_ALARM / TESTS) + slack
+def standardised(name: str, deviation: Deviation, slack: float, what: str) -> Check:
+    """Hold the sum of mean-zero differences of known variance against the bound for any law, and rounding."""
+    total, spread = deviation.total, math.sqrt(deviation.variance)
+    bound = tail_bound(deviation.squares, deviation.variance, FALSE_ALARM / TESTS) + slack
     # Without any variance only rounding is left, and more than that is wrong at any odds.
     z = total / spread if spread else math.copysign(math.inf, total) if abs(total) > slack else 0.0
     threshold = bound / spread if spread else 0.0
@@ -207,32 +199,21 @@ def standardised(
     return Check(name, z, threshold, verdict, advice[verdict])
 
 
-def rounding(statistics: TokenStatistics) -> Float[Tensor, " m"]:
-    """What rounding may add to each difference: a few units in the last place of the log-probabilities."""
-    logp, logq = statistics.rows.logp, statistics.rows.logq
-    size = 1 + logp.double().abs() + logq.double().abs().where(logq > -torch.inf, 0.0)
-    return 8 * torch.finfo(logp.dtype).eps * size
-
-
-def likelihood(statistics: TokenStatistics) -> Check:
+def likelihood(evidence: Evidence) -> Check:
     """``log q(strings)/p(strings)``: under ``p`` its exponential has mean one at most, so it cannot get large."""
-    ratio = statistics.log_ratio.double()
-    value, threshold = float(-ratio[~ratio.isnan()].sum()), math.log(TESTS / FALSE_ALARM)
+    value, threshold = evidence.against, math.log(TESTS / FALSE_ALARM)
     if value > threshold:
         advice = f"The strings are e^{value:.0f} times as probable under q as under p: p and q may be swapped."
         return Check("likelihood_ratio", value, threshold, "fail", advice)
     return Check("likelihood_ratio", value, threshold, "pass", "The strings are no more probable under q.")
 
 
-def paired(statistics: TokenStatistics, usable: Bool[Tensor, " m"]) -> list[Check]:
+def paired(strings: StringStatistics, slack: float) -> list[Check]:
     """Monte Carlo against Rao-Blackwell on the same strings, in clustered standard errors; none below 10 clusters."""
-    difference = (statistics.log_ratio.double() - statistics.rows.kl.double()).where(usable, 0.0)
-    cluster = statistics.x.cluster.numpy()
-    totals, _ = cluster_totals(statistics.per_string(difference).numpy(), np.ones(len(cluster)), cluster)
+    totals, _ = cluster_totals(strings.surprise.numpy(), np.ones(len(strings)), strings.cluster.numpy())
     if len(totals) < 10:
         return []
     spread = float(totals.std(ddof=1)) * math.sqrt(len(totals))
-    slack = float(rounding(statistics)[usable].sum())
     z = float(totals.sum()) / spread if spread else 0.0
     # The t quantile of the same tail as three standard errors: few clusters vary more.
     threshold = student_quantile(0.5 * (1 + math.erf(WARNING / math.sqrt(2))), len(totals) - 1)
@@ -242,13 +223,13 @@ def paired(statistics: TokenStatistics, usable: Bool[Tensor, " m"]) -> list[Chec
     return [Check("mc_against_rb_z", z, threshold, "pass", "Monte Carlo and Rao-Blackwell agree on these strings.")]
 
 
-def two_passes(statistics: TokenStatistics, floor: Float[Tensor, " k"], precision: torch.dtype) -> Check:
+def two_passes(strings: StringStatistics, floor: Float[Tensor, " k"], precision: torch.dtype) -> Check:
     """``KL(p‖p)`` per decision between ``p`` as it sampled and ``p`` teacher-forced: rounding, or a broken pass.
 
     What both passes get wrong alike (rows kept from the sampling pass are the law that was sampled, whatever went
     wrong in it) shows nowhere else: padding that is read as text, or an adapter that is active in one pass only.
     """
-    decisions = int(statistics.x.lengths[: len(floor)].sum())
+    decisions = int(strings.lengths[: len(floor)].sum())
     value = float(floor.sum()) / max(decisions, 1)
     threshold = TWO_PASSES[precision]
     if value > threshold:
@@ -261,9 +242,9 @@ def two_passes(statistics: TokenStatistics, floor: Float[Tensor, " k"], precisio
     return Check("two_passes", value, threshold, "pass", "p as it sampled is p as it reads, up to rounding.")
 
 
-def weights(statistics: TokenStatistics) -> Check:
+def weights(strings: StringStatistics) -> Check:
     """Share of the strings' number that is left once importance weights are counted (Kong, 1992)."""
-    weight = statistics.string_weight()
+    weight = strings.weight
     square = float(weight @ weight)
     share = float(weight.sum()) ** 2 / square / len(weight) if square > 0 else 0.0
     if share < EFFECTIVE:
@@ -272,20 +253,18 @@ def weights(statistics: TokenStatistics) -> Check:
     return Check("effective_share", share, EFFECTIVE, "pass", "Importance weights are spread over many strings.")
 
 
-def numbers(statistics: TokenStatistics) -> Check:
+def numbers(evidence: Evidence) -> Check:
     """Decisions with a statistic that is not a number."""
-    rows = statistics.rows
-    values = torch.stack([rows.logp, rows.logq, rows.kl, rows.entropy_p, rows.variance_logp])
-    count = int(values.isnan().any(0).sum())
+    count = evidence.undefined
     if count:
         advice = f"{count} decisions gave NaN: look for overflow in half precision, and load the models with float32."
         return Check("not_a_number", float(count), 0.0, "fail", advice)
     return Check("not_a_number", 0.0, 0.0, "pass", "Every decision gave numbers.")
 
 
-def impossible(statistics: TokenStatistics, *, drawn: bool) -> Check:
+def impossible(evidence: Evidence, *, drawn: bool) -> Check:
     """Tokens of the strings to which ``p`` gives no probability at all."""
-    count = int((statistics.rows.logp == -torch.inf).sum())
+    count = evidence.impossible
     if not count:
         return Check("impossible_tokens", 0.0, 0.0, "pass", "p allows every token of the strings.")
     if drawn:
@@ -295,9 +274,9 @@ def impossible(statistics: TokenStatistics, *, drawn: bool) -> Check:
     return Check("impossible_tokens", float(count), 0.0, "warn", advice)
 
 
-def truncation(statistics: TokenStatistics) -> Check:
+def truncation(strings: StringStatistics) -> Check:
     """Share of strings that were cut at the length limit."""
-    share = 1 - float(statistics.x.finished.double().mean())
+    share = strings.truncated
     if share > TRUNCATED:
         advice = (
             f"{share:.1%} of the strings were cut, so this is the divergence up to the length limit, a lower bound on "
@@ -307,26 +286,24 @@ def truncation(statistics: TokenStatistics) -> Check:
     return Check("truncated_share", share, TRUNCATED, "pass", f"{share:.1%} of the strings were cut.")
 
 
-def excluded(statistics: TokenStatistics, pieces: Callable[[Sequence[int]], list[str]] | None) -> Check:
+def excluded(evidence: Evidence, pieces: Callable[[Sequence[int]], list[str]] | None) -> Check:
     """Decisions at which ``q`` excludes tokens that ``p`` allows, and which tokens."""
-    lost, infinite = statistics.rows.lost, statistics.rows.lost > 0
-    count = int(infinite.sum())
+    count = evidence.infinite
     if not count:
         return Check("infinite_decisions", 0.0, 0.0, "pass", "q allows whatever p does.")
-    common = [token for token, _ in Counter(statistics.rows.excluded[infinite].tolist()).most_common(5)]
+    common = [token for token, _ in evidence.excluded.most_common(5)]
     named = ", ".join(repr(piece) for piece in pieces(common)) if pieces else ", ".join(map(str, common))
     advice = (
-        f"The divergence is infinite: at {count} of {len(lost)} decisions q excludes tokens to which p gives "
-        f"{float(lost[infinite].double().mean()):.2g} on average, most often {named}; compare unprocessed models, or "
+        f"The divergence is infinite: at {count} of {evidence.decisions} decisions q excludes tokens to which p gives "
+        f"{evidence.lost / count:.2g} on average, most often {named}; compare unprocessed models, or "
         f"use the Jensen-Shannon divergence."
     )
     return Check("infinite_decisions", float(count), 0.0, "warn", advice)
 
 
-def zero(statistics: TokenStatistics, same: bool) -> Check:
+def zero(evidence: Evidence, same: bool) -> Check:
     """Whether no single decision differs by more than rounding."""
-    kl = statistics.rows.kl
-    share = float((kl <= ROUNDING[kl.dtype]).double().mean())
+    share = evidence.negligible / evidence.decisions if evidence.decisions else 1.0
     if same:
         return Check("no_difference_share", share, 1.0, "pass", "The two sides are said to be one model.")
     if share == 1:

@@ -14,14 +14,15 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from klkit.estimators.martingale import deal
-from klkit.estimators.statistics import TokenStatistics, weighted
+from klkit.estimators.folds import deal
+from klkit.estimators.statistics import weighted
+from klkit.estimators.tally import Statistics
 from klkit.numerics import excess
 
 FOLDS = 5
 
 
-def k3_string(statistics: TokenStatistics) -> NDArray[np.float64]:
+def k3_string(statistics: Statistics) -> NDArray[np.float64]:
     """``U + exp(−U) − 1`` with ``U = log p(y) − log q(y)``: non-negative string by string, in nats.
 
     A string that ``q`` prefers by more than 709 nats overflows to infinity in double precision, as the
@@ -40,11 +41,11 @@ def k3_string(statistics: TokenStatistics) -> NDArray[np.float64]:
         >>> bool((k3_string(score(p, q, x)) >= 0).all())
         True
     """
-    log_ratio = statistics.per_string(statistics.log_ratio)
-    return weighted(statistics.string_weight(), excess(-log_ratio)).numpy()
+    strings = statistics.strings()
+    return weighted(strings.weight, excess(-strings.log_ratio)).numpy()
 
 
-def cv_string(statistics: TokenStatistics) -> NDArray[np.float64]:
+def cv_string(statistics: Statistics) -> NDArray[np.float64]:
     """``U + α g`` with ``U = log p(y) − log q(y)``, ``g = exp(−U) − 1`` and α fitted on other strings, in nats.
 
     The coefficient of least variance is ``α = −Cov(U, g)/Var(g)``. Fitted on the strings it is applied to it
@@ -62,9 +63,9 @@ def cv_string(statistics: TokenStatistics) -> NDArray[np.float64]:
         >>> cv_string(score(p, q, x)).shape
         (4,)
     """
-    log_ratio, weight = statistics.per_string(statistics.log_ratio), statistics.string_weight()
-    value, variate = weighted(weight, log_ratio), weighted(weight, torch.expm1(-log_ratio))
-    fold = torch.from_numpy(deal(statistics.x.cluster.numpy(), FOLDS, seed=0))
+    strings = statistics.strings()
+    value, variate = (weighted(strings.weight, x) for x in (strings.log_ratio, torch.expm1(-strings.log_ratio)))
+    fold = torch.from_numpy(deal(strings.cluster.numpy(), FOLDS, seed=0))
     adjusted = value.clone()
     for i in range(FOLDS):
         alpha = least_variance(value[fold != i], variate[fold != i])

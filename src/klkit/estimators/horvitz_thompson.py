@@ -8,11 +8,13 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from klkit.estimators.statistics import TokenStatistics, weighted
+from klkit.estimators.statistics import weighted
+from klkit.estimators.strings import StringStatistics
+from klkit.estimators.tally import Statistics
 from klkit.numerics import log1mexp
 
 
-def horvitz_thompson(statistics: TokenStatistics) -> NDArray[np.float64]:
+def horvitz_thompson(statistics: Statistics) -> NDArray[np.float64]:
     """``Σ p(y) log(p(y)/q(y)) / (1 − (1 − p(y))^M)`` over the distinct strings of a prompt's ``M`` draws, in nats.
 
     Unbiased for ``KL(p‖q)`` if the draws of a prompt are independent. Without repeated strings it is Monte
@@ -36,12 +38,11 @@ def horvitz_thompson(statistics: TokenStatistics) -> NDArray[np.float64]:
         >>> horvitz_thompson(score(p, q, x)).shape
         (4,)
     """
-    x = statistics.x
-    log_ratio, log_p = statistics.per_string(statistics.log_ratio), statistics.per_string(statistics.rows.logp)
-    log_drawn = log_p if x.sampler_logp is None else statistics.per_string(x.sampler_logp)
-    prompt = torch.unique(x.prompt, return_inverse=True)[1]
+    strings = statistics.strings()
+    log_ratio, log_p, log_drawn = strings.log_ratio, strings.logp, strings.log_drawn
+    prompt = torch.unique(strings.prompt, return_inverse=True)[1]
     draws = prompt.bincount()[prompt]
-    identity = distinct(statistics)
+    identity = distinct(strings)
     copies = identity.bincount()[identity]
     term = weighted((log_p - log_inclusion(log_drawn, draws)).exp(), log_ratio)
     estimate = sum_by(prompt, term / copies)[prompt]
@@ -68,12 +69,11 @@ def log_inclusion(log_p: Float[Tensor, " n"], draws: Int[Tensor, " n"]) -> Float
     return torch.where(rare, log_p + draws.double().log(), log1mexp(draws * log1mexp(common)))
 
 
-def distinct(statistics: TokenStatistics) -> Int[Tensor, " n"]:
+def distinct(strings: StringStatistics) -> Int[Tensor, " n"]:
     """A number for each string that equal completions of one prompt share, counted from 0."""
-    x = statistics.x
-    numbers: dict[tuple[int, tuple[int, ...]], int] = {}
-    keys = ((int(k), tuple(x.completion(i).tolist())) for i, k in enumerate(x.prompt))
-    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys], dtype=torch.long)
+    keys = torch.cat([strings.prompt[:, None], strings.identity], dim=1)
+    numbers: Tensor = torch.unique(keys, dim=0, return_inverse=True)[1]
+    return numbers
 
 
 def sum_by(group: Int[Tensor, " n"], values: Float[Tensor, " n"]) -> Float[Tensor, " g"]:

@@ -13,22 +13,21 @@ end, rather than from the few that ended there. And returns are fitted net of th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from klkit import rng
-from klkit.estimators.monte_carlo import monte_carlo
-from klkit.estimators.rao_blackwell import rao_blackwell
+from klkit.estimators.folds import FOLDS, Array, Folds, Moments, deal
 from klkit.estimators.statistics import TokenStatistics
-from klkit.estimators.variates import Array, Moments, accumulate
+from klkit.estimators.strings import StringStatistics
+from klkit.estimators.tally import Statistics, Tally
 
 FEWEST_STRINGS = 16
 """Below this many strings (or four clusters) nothing is fitted."""
+
+FEWEST_FOLDS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +44,11 @@ class Candidate:
     others: int | None
     prior: float = 0.0
 
-    def penalty(self, c: int, e: int, strings: int) -> Array:
+    def penalty(self, c: int, e: int, strings: Array) -> Array:
         """The ridge on each of the first columns, which are those used; none on the end token's ``e``."""
         used = c if self.others is None else min(c, e * (1 + self.others))
-        return np.concatenate([np.zeros(e), np.full(used - e, self.prior / strings)])
+        ones = np.concatenate([np.zeros(e), np.ones(used - e)])
+        return ones * (self.prior / strings[..., None])
 
 
 CANDIDATES = (
@@ -87,7 +87,7 @@ class Fit:
     spread: float = 1.0
 
 
-def rb_cv(statistics: TokenStatistics, *, per_token: bool = False) -> Array:
+def rb_cv(statistics: Statistics, *, per_token: bool = False) -> Array:
     """``Σ_n D_n − Σ_n Z_nᵀθ`` of each string, in nats: Rao-Blackwell less cross-fitted mean-zero terms.
 
     Unbiased like Rao-Blackwell, because each string's coefficients come from other strings; unlike it, a
@@ -95,11 +95,23 @@ def rb_cv(statistics: TokenStatistics, *, per_token: bool = False) -> Array:
 
     Shapes: statistics of ``n`` strings to ``(n,)``.
     """
-    return fit(statistics, per_token=per_token).contributions
+    return fitted(statistics, per_token=per_token).contributions
+
+
+def fitted(statistics: Statistics, *, per_token: bool = False) -> Fit:
+    """:func:`fit` of one batch, or of a run whose strings were dealt into folds as they came."""
+    if isinstance(statistics, Tally):
+        return fit_folds(statistics.strings(), statistics.folds(), per_token=per_token)
+    return fit(statistics, per_token=per_token)
 
 
 def fit(
-    statistics: TokenStatistics, *, per_token: bool = False, folds: int = 8, fewest: int = FEWEST_STRINGS, seed: int = 0
+    statistics: TokenStatistics,
+    *,
+    per_token: bool = False,
+    folds: int = FOLDS,
+    fewest: int = FEWEST_STRINGS,
+    seed: int = 0,
 ) -> Fit:
     """Fit the control variates of ``Σ_n D_n − Σ_n Z_nᵀθ`` by nested cross-fitting.
 
@@ -127,119 +139,133 @@ def fit(
         >>> fit(score(p, q, x)).ratio_rb < 0.1
         True
     """
-    plain = rao_blackwell(statistics)
-    reason = obstacle(statistics, plain, fewest)
-    if reason is not None:
-        return Fit(plain, (), np.zeros((0, 0)), 1.0, ratio(statistics, plain, monte_carlo(statistics)), (reason,))
-    statistics, notes = usable(statistics)
-    fold = deal(statistics.x.cluster.numpy(), folds, seed)
-    members = [np.flatnonzero(fold == k) for k in range(fold.max() + 1)]
-    sums, parts = zip(*(accumulate(statistics.select(torch.from_numpy(strings))) for strings in members), strict=True)
-    chosen = choose(parts, per_token)
-    rest = [Moments.cat([*parts[:k], *parts[k + 1 :]]) for k in range(len(parts))]
-    theta = np.stack([coefficients(moments, pick, per_token) for moments, pick in zip(rest, chosen, strict=True)])
-    contributions = plain.copy()
-    for strings, variate, weights in zip(members, sums, theta, strict=True):
-        contributions[strings] -= variate @ weights
+    strings = statistics.strings()
+    fold = deal(strings.cluster.numpy(), folds, seed)
+    dealt = Folds.of(statistics, fold, int(fold.max(initial=-1)) + 1)
+    return fit_folds(strings, dealt, per_token=per_token, fewest=fewest)
+
+
+def fit_folds(
+    strings: StringStatistics, dealt: Folds | None, *, per_token: bool = False, fewest: int = FEWEST_STRINGS
+) -> Fit:
+    """The same from sums over the decisions of each string and of each fold; without folds nothing is fitted."""
+    plain, mc = strings.rb.numpy(), strings.mc.numpy()
+    reason = obstacle(strings, fewest)
+    if dealt is None or reason is not None:
+        reason = reason or "no control variates (rb_cv is plain rb): the strings were not dealt into folds"
+        return Fit(plain, (), np.zeros((0, 0)), 1.0, ratio(strings, plain, mc), (reason,))
+    features = dealt.features
+    dealt, left_out = dealt.tidy()
+    if len(dealt.moments.strings) < FEWEST_FOLDS:
+        reason = f"no control variates (rb_cv is plain rb): the strings are in fewer than {FEWEST_FOLDS} folds"
+        return Fit(plain, (), np.zeros((0, 0)), 1.0, ratio(strings, plain, mc), (reason,))
+    notes = (f"rb_cv goes without {left_out} of its {features} token features: not a finite number at every decision",)
+    chosen = choose(dealt.moments, per_token)
+    theta = coefficients(dealt.moments.combined(~np.eye(len(chosen), dtype=bool)), chosen, per_token)
+    contributions = plain - np.einsum("nc,nc->n", dealt.sums, theta[dealt.fold])
     return Fit(
         contributions,
         tuple(NONE if pick is None else pick.name for pick in chosen),
         theta,
-        ratio(statistics, contributions, plain),
-        ratio(statistics, contributions, monte_carlo(statistics)),
-        notes,
-        spread=widening(statistics, contributions, theta, members, sums, per_token),
+        ratio(strings, contributions, plain),
+        ratio(strings, contributions, mc),
+        notes if left_out else (),
+        spread=widening(strings, contributions, theta, dealt.sums, per_token),
     )
 
 
-def obstacle(statistics: TokenStatistics, plain: Array, fewest: int) -> str | None:
+def obstacle(strings: StringStatistics, fewest: int) -> str | None:
     """Why no variates can be fitted, or None."""
-    x = statistics.x
-    clusters = len(torch.unique(x.cluster))
-    if len(x) < fewest or clusters < 4:
+    n, clusters = len(strings), len(np.unique(strings.cluster.numpy()))
+    if n < fewest or clusters < FEWEST_FOLDS:
         return (
-            f"no control variates (rb_cv is plain rb): {len(x)} strings in {clusters} clusters are too few to fit "
-            f"them; {fewest} strings in 4 clusters would do"
+            f"no control variates (rb_cv is plain rb): {n} strings in {clusters} clusters are too few to fit "
+            f"them; {fewest} strings in {FEWEST_FOLDS} clusters would do"
         )
-    if x.sampler_logp is not None:
+    if strings.foreign:
         return "no control variates (rb_cv is plain rb): the strings were drawn by another law than p"
-    if not (np.isfinite(plain).all() and bool(torch.isfinite(statistics.log_ratio).all())):
+    if not bool((strings.kl.isfinite() & strings.log_ratio.isfinite()).all()):
         return "no control variates (rb_cv is plain rb): a decision's divergence or log-ratio is infinite"
     return None
-
-
-def usable(statistics: TokenStatistics) -> tuple[TokenStatistics, tuple[str, ...]]:
-    """Without the token features that are infinite or undefined somewhere, which would spoil all; and a note if any."""
-    good = torch.isfinite(statistics.features).all(0)
-    left_out = int((~good).sum())
-    if not left_out:
-        return statistics, ()
-    note = f"rb_cv goes without {left_out} of its {len(good)} token features: not a finite number at every decision"
-    return replace(statistics, features=statistics.features[:, good]), (note,)
-
-
-def deal(cluster: NDArray[np.int64], folds: int, seed: int) -> NDArray[np.int64]:
-    """A fold for each string, the same for all of a cluster; cluster numbers decide, not the order of the strings."""
-    names, index = np.unique(cluster, return_inverse=True)
-    order = rng.numpy_stream(seed, "rb_cv", "folds").permutation(len(names))
-    return np.argsort(order)[index] % min(folds, len(names))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EndFit:
     """What going on is worth: ``V ≈ 1[y_n ≠ end] B_nᵀα`` for the returns ``Σ_{j>n} (D_j − rate)``.
 
+    Fits to several sets of strings are made side by side, along leading axes.
+
     Attributes:
-        rate: divergence per token, or 0.
+        rate: divergence per token, or 0, ``()``.
         alpha: ``(e,)``.
     """
 
-    rate: float
+    rate: Array
     alpha: Array
 
     @classmethod
     def of(cls, moments: Moments, per_token: bool) -> EndFit:
         """Fit ``α`` to the returns, and once more to returns from which its own later noise has been taken out."""
-        rate = float(moments.total[0] / moments.total[1]) if per_token else 0.0
-        e = moments.echo.shape[1]
-        penalty = np.r_[0.0, np.full(e - 1, 1 / moments.strings)]  # one string's evidence for no trend over positions
-        alpha = np.zeros(e)
+        total, going_on, echo = moments.total, moments.going_on, moments.echo
+        rate = total[..., 0] / total[..., 1] if per_token else np.zeros(total.shape[:-1])
+        e = echo.shape[-1]
+        # One string's evidence for no trend over positions.
+        penalty = np.concatenate([np.zeros((*rate.shape, 1)), np.repeat(1 / moments.strings[..., None], e - 1, -1)], -1)
+        returns = net(moments.target[..., :e, :], rate)
+        alpha = np.zeros((*rate.shape, e))
         for _ in range(2):
-            wanted = moments.target[:e] @ [1.0, -rate] - moments.echo[:e] @ alpha
-            alpha = ridge(moments.going_on[:e], wanted, penalty)
+            alpha = ridge(going_on[..., :e, :], returns - apply(echo[..., :e, :], alpha), penalty)
         return cls(rate, alpha)
 
     def left_over(self, moments: Moments) -> Array:
         """``Σ W_n`` times what is left of the return after ``n``: of mean ``E Σ Z_n (V − Z_nᵀα)``, ``(c,)``."""
-        return moments.target @ [1.0, -self.rate] - (moments.going_on + moments.echo) @ self.alpha
+        return net(moments.target, self.rate) - apply(moments.going_on + moments.echo, self.alpha)
 
     def correction(self, moments: Moments, gram: Array, candidate: Candidate) -> Array:
         """What ``candidate`` adds to ``α``: its coefficients for what is left, given the lifted gram, ``(c,)``."""
-        c, e = moments.echo.shape
+        c, e = moments.echo.shape[-2:]
         penalty = candidate.penalty(c, e, moments.strings)
-        used = len(penalty)
-        delta = np.zeros(c)
+        used = penalty.shape[-1]
+        delta = np.zeros(moments.target.shape[:-1])
         if used > e:
-            wanted = np.r_[np.zeros(e), self.left_over(moments)[e:used]]
-            delta[:used] = ridge(gram[:used, :used], wanted, penalty)
+            wanted = self.left_over(moments)[..., :used].copy()
+            wanted[..., :e] = 0.0
+            delta[..., :used] = ridge(gram[..., :used, :used], wanted, penalty)
         return delta
 
-    def gain(self, moments: Moments, delta: Array) -> float:
+    def gain(self, moments: Moments, delta: Array) -> Array:
         """Unbiased estimate of the variance that ``Z_nᵀ(α + δ)`` removes from other strings than it was fitted on."""
-        e = len(self.alpha)
-        theta = delta + np.r_[self.alpha, np.zeros(len(delta) - e)]
-        used_up = delta @ moments.gram @ delta
+        e = self.alpha.shape[-1]
+        theta = delta.copy()
+        theta[..., :e] += self.alpha
+        used_up = form(delta, moments.gram)
         for block, surplus in surpluses(moments):
-            used_up += delta[block] @ surplus @ delta[block]
-        return float(2 * theta @ self.left_over(moments) + self.alpha @ moments.going_on[:e] @ self.alpha - used_up)
+            used_up += form(delta[..., block], surplus)
+        explained = 2 * np.sum(theta * self.left_over(moments), axis=-1)
+        return np.asarray(explained + form(self.alpha, moments.going_on[..., :e, :]) - used_up)
+
+
+def net(sums: Array, rate: Array) -> Array:
+    """``Σ (D − rate)`` from sums of ``(D, 1)`` along the last axis."""
+    return np.asarray(sums[..., 0] - rate[..., None] * sums[..., 1])
+
+
+def apply(matrix: Array, vector: Array) -> Array:
+    """``matrix @ vector``, for each of the matrices along the leading axes."""
+    return np.asarray((matrix @ vector[..., None])[..., 0])
+
+
+def form(vector: Array, matrix: Array) -> Array:
+    """``vectorᵀ matrix vector``, likewise."""
+    return np.asarray(np.sum(vector * apply(matrix, vector), axis=-1))
 
 
 def surpluses(moments: Moments) -> Iterator[tuple[slice, Array]]:
     """Where variances are known: the columns, and by how much their known gram exceeds that of the drawn tokens."""
-    e = moments.echo.shape[1]
-    for i, known in enumerate(moments.known):
+    e = moments.echo.shape[-1]
+    for i in range(moments.known.shape[-3]):
         block = slice(i * e, (i + 1) * e)
-        yield block, known - moments.gram[block, block]
+        yield block, moments.known[..., i, :, :] - moments.gram[..., block, block]
 
 
 def lifted(moments: Moments) -> Array:
@@ -250,53 +276,58 @@ def lifted(moments: Moments) -> Array:
     """
     gram = moments.gram.copy()
     for block, surplus in surpluses(moments):
-        scale = np.sqrt(np.maximum(gram[block, block].diagonal() + np.maximum(surplus.diagonal(), 0.0), 1e-300))
-        values, vectors = np.linalg.eigh(surplus / np.outer(scale, scale))
-        gram[block, block] += (vectors * np.maximum(values, 0.0)) @ vectors.T * np.outer(scale, scale)
+        known = diagonal(gram[..., block, block]) + np.maximum(diagonal(surplus), 0.0)
+        scale = np.sqrt(np.maximum(known, 1e-300))
+        unit = scale[..., :, None] * scale[..., None, :]
+        values, vectors = np.linalg.eigh(surplus / unit)
+        raised = (vectors * np.maximum(values, 0.0)[..., None, :]) @ vectors.swapaxes(-1, -2)
+        gram[..., block, block] += raised * unit
     return gram
 
 
 def ridge(system: Array, target: Array, penalty: Array) -> Array:
     """Solve ``system θ = target`` under a penalty on columns brought to unit scale; empty columns get 0."""
-    squares = system.diagonal()
+    squares = diagonal(system)
     scale = np.sqrt(np.where(squares > 0, squares, 1.0))
-    scaled = system / np.outer(scale, scale)
-    scaled[np.diag_indices(len(scale))] += penalty + np.where(squares > 0, 1e-9, 1.0)
-    return np.asarray(np.linalg.solve(scaled, target / scale) / scale)
+    scaled = system / (scale[..., :, None] * scale[..., None, :])
+    index = np.arange(scale.shape[-1])
+    scaled[..., index, index] += penalty + np.where(squares > 0, 1e-9, 1.0)
+    return np.asarray(np.linalg.solve(scaled, (target / scale)[..., None])[..., 0] / scale)
 
 
-def choose(parts: Sequence[Moments], per_token: bool) -> list[Candidate | None]:
+def diagonal(matrix: Array) -> Array:
+    """Diagonals of matrices along the last two axes."""
+    return matrix.diagonal(axis1=-2, axis2=-1)
+
+
+def choose(parts: Moments, per_token: bool) -> list[Candidate | None]:
     """For each fold, the candidate that does best on the others, each fitted without it in turn; None if none helps."""
-    gains = np.zeros((len(parts), len(CANDIDATES)))
-    for j, k in combinations(range(len(parts)), 2):
-        # Fitted without both, the coefficients judge k on behalf of j and j on behalf of k.
-        moments = Moments.cat([part for i, part in enumerate(parts) if i not in (j, k)])
-        end, gram = EndFit.of(moments, per_token), lifted(moments)
-        for n, candidate in enumerate(CANDIDATES):
-            delta = end.correction(moments, gram, candidate)
-            gains[j, n] += end.gain(parts[k], delta)
-            gains[k, n] += end.gain(parts[j], delta)
+    folds = len(parts.strings)
+    first, second = np.array(list(combinations(range(folds), 2))).T
+    # Fitted without both, the coefficients judge one on behalf of the other.
+    numbers = np.arange(folds)
+    moments = parts.combined((numbers != first[:, None]) & (numbers != second[:, None]))
+    end, gram = EndFit.of(moments, per_token), lifted(moments)
+    gains = np.zeros((folds, len(CANDIDATES)))
+    for n, candidate in enumerate(CANDIDATES):
+        delta = end.correction(moments, gram, candidate)
+        np.add.at(gains[:, n], first, end.gain(parts[second], delta))
+        np.add.at(gains[:, n], second, end.gain(parts[first], delta))
     return [CANDIDATES[int(row.argmax())] if row.max() > 0 else None for row in gains]
 
 
-def coefficients(moments: Moments, candidate: Candidate | None, per_token: bool) -> Array:
-    """The coefficients of ``candidate``, ``(c,)``."""
-    if candidate is None:
-        return np.zeros(len(moments.gram))
-    end = EndFit.of(moments, per_token)
-    theta = end.correction(moments, lifted(moments), candidate)
-    theta[: len(end.alpha)] += end.alpha
+def coefficients(moments: Moments, chosen: list[Candidate | None], per_token: bool) -> Array:
+    """The coefficients for each fold, those of its candidate fitted to the moments of the others, ``(folds, c)``."""
+    theta = np.zeros(moments.target.shape[:-1])
+    end, gram = EndFit.of(moments, per_token), lifted(moments)
+    for candidate in {pick for pick in chosen if pick is not None}:
+        folds = np.array([pick == candidate for pick in chosen])
+        theta[folds] = end.correction(moments, gram, candidate)[folds]
+        theta[folds, : end.alpha.shape[-1]] += end.alpha[folds]
     return theta
 
 
-def widening(
-    statistics: TokenStatistics,
-    contributions: Array,
-    theta: Array,
-    members: Sequence[NDArray[np.int64]],
-    sums: Sequence[Array],
-    per_token: bool,
-) -> float:
+def widening(strings: StringStatistics, contributions: Array, theta: Array, sums: Array, per_token: bool) -> float:
     """``√(1 + s)``: what cross-fitting adds to the error unseen, ``s`` being the share of noise from coefficients.
 
     Noise in the coefficients adds to the variance of each contribution, which their spread shows. But two strings
@@ -307,19 +338,18 @@ def widening(
     Source: the delete-a-group jackknife, as in J. Shao and D. Tu (1995), The Jackknife and Bootstrap, section 2.3.
     """
     folds = len(theta)
-    _, cluster = np.unique(statistics.x.cluster.numpy(), return_inverse=True)
-    weights = statistics.x.lengths.double().numpy() if per_token else np.ones(len(contributions))
+    _, cluster = np.unique(strings.cluster.numpy(), return_inverse=True)
+    weights = strings.lengths.double().numpy() if per_token else np.ones(len(contributions))
     residuals = np.bincount(cluster, contributions - contributions.sum() / weights.sum() * weights)
-    errors = np.concatenate(sums) @ (theta - theta.mean(0)).T
-    unit = cluster[np.concatenate(members)]
-    noise = (folds - 1) / folds * sum(float(np.sum(np.bincount(unit, error) ** 2)) for error in errors.T)
+    errors = sums @ (theta - theta.mean(0)).T
+    noise = (folds - 1) / folds * sum(float(np.sum(np.bincount(cluster, error) ** 2)) for error in errors.T)
     shown = float(np.sum(residuals**2))
     return math.sqrt(1 + min(1.0, noise / shown)) if shown > 0 else 1.0
 
 
-def ratio(statistics: TokenStatistics, a: Array, b: Array) -> float:
+def ratio(strings: StringStatistics, a: Array, b: Array) -> float:
     """Variance of ``a`` within prompts relative to that of ``b``; over all strings if no prompt has two."""
-    _, prompt = np.unique(statistics.x.prompt.numpy(), return_inverse=True)
+    _, prompt = np.unique(strings.prompt.numpy(), return_inverse=True)
     count = np.bincount(prompt)
     if count.max() == 1:
         prompt, count = np.zeros_like(prompt), np.array([len(prompt)])

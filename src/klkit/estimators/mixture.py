@@ -8,14 +8,12 @@ the mixture *given the prefix*, in which the two models count by how likely they
 from __future__ import annotations
 
 import numpy as np
-import torch
 
-from klkit.estimators.rao_blackwell import prefix_sums
-from klkit.estimators.statistics import TokenStatistics
+from klkit.estimators.tally import Statistics
 from klkit.results import Estimate
 
 
-def jensen_shannon(forward: TokenStatistics, backward: TokenStatistics, *, estimand: str = "S") -> Estimate:
+def jensen_shannon(forward: Statistics, backward: Statistics, *, estimand: str = "S") -> Estimate:
     """``JS(p, q) = ½ KL(P ‖ M) + ½ KL(Q ‖ M)`` of the laws over strings, ``M = ½P + ½Q``, in nats: at most log 2.
 
     Each half is Rao-Blackwellised: ``Σ_n KL(p(·|y_<n) ‖ m(·|y_<n))`` over strings from ``p``, where
@@ -43,23 +41,23 @@ def jensen_shannon(forward: TokenStatistics, backward: TokenStatistics, *, estim
     """
     halves = []
     for statistics, direction in ((forward, "KL(p‖m)"), (backward, "KL(q‖m)")):
-        if statistics.mixture is None:
+        strings = statistics.strings()
+        if strings.mixture is None:
             raise ValueError(
                 "expected statistics with the terms of the mixture for both models' strings, got none; "
                 "collect them with mixture=True"
             )
-        ones = np.ones(len(statistics.x))
         halves.append(
             Estimate(
                 method="rb",
                 divergence="kl",
                 direction=direction,
                 estimand=estimand,
-                contributions=prefix_sums(statistics, statistics.mixture),
-                weights=ones if estimand == "S" else prefix_sums(statistics, torch.ones(statistics.x.decisions)),
-                cluster=statistics.x.cluster.numpy(),
-                truncated=1 - float(statistics.x.finished.double().mean()),
-                prompts=len(set(statistics.x.prompt.tolist())),
+                contributions=strings.mixture.numpy(),
+                weights=np.ones(len(strings)) if estimand == "S" else strings.decisions.numpy(),
+                cluster=strings.cluster.numpy(),
+                truncated=strings.truncated,
+                prompts=strings.prompts,
             )
         )
     return combine(*halves, share=0.5, divergence="js", direction="JS(p, q)")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from klkit.estimators.statistics import TokenStatistics, weighted
-from klkit.numerics import excess
+from klkit.estimators.tally import Statistics
 
 
-def monte_carlo(statistics: TokenStatistics) -> NDArray[np.float64]:
+def monte_carlo(statistics: Statistics) -> NDArray[np.float64]:
     """``U = log p(y) − log q(y)`` of each string, in nats: unbiased for ``KL(p‖q)``, of either sign.
 
     For strings of another law ``μ`` it is ``Σ_n w_{≤n} u_n`` with ``w_{≤n} = Π_{i≤n} p(y_i)/μ(y_i)``: a log-ratio
@@ -27,10 +26,10 @@ def monte_carlo(statistics: TokenStatistics) -> NDArray[np.float64]:
         >>> monte_carlo(score(p, q, x)).shape
         (4,)
     """
-    return statistics.per_string(weighted(statistics.token_weight(), statistics.log_ratio.double())).numpy()
+    return statistics.strings().mc.numpy()
 
 
-def k3_token(statistics: TokenStatistics) -> NDArray[np.float64]:
+def k3_token(statistics: Statistics) -> NDArray[np.float64]:
     """``Σ_n (u_n + exp(−u_n) − 1)``, ``u_n = log p(y_n) − log q(y_n)``: what RLHF trainers log as "k3", in nats.
 
     Every term is non-negative, and its mean given the prefix is the divergence of that decision if ``p`` can
@@ -51,4 +50,4 @@ def k3_token(statistics: TokenStatistics) -> NDArray[np.float64]:
         >>> bool((k3_token(score(p, q, x)) >= 0).all())
         True
     """
-    return statistics.per_string(weighted(statistics.token_weight(), excess(-statistics.log_ratio.double()))).numpy()
+    return statistics.strings().k3.numpy()

@@ -8,14 +8,12 @@ on which Monte Carlo wins, and ``klkit.estimators.martingale`` for the estimator
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
 
-from klkit.estimators.statistics import TokenStatistics, weighted
+from klkit.estimators.tally import Statistics
 
 
-def rao_blackwell(statistics: TokenStatistics) -> NDArray[np.float64]:
+def rao_blackwell(statistics: Statistics) -> NDArray[np.float64]:
     """``Σ_n w_{<n} Σ_a p(a|y_<n) log(p(a|y_<n)/q(a|y_<n))`` of each string, in nats: unbiased and non-negative.
 
     The sum runs over all decisions, the one to end included. ``w_{<n} = Π_{i<n} p(y_i)/μ(y_i)`` is 1 if the strings
@@ -36,12 +34,4 @@ def rao_blackwell(statistics: TokenStatistics) -> NDArray[np.float64]:
         >>> (rao_blackwell(score(p, q, x)) / x.lengths.numpy()).round(4).tolist()
         [0.1438, 0.1438, 0.1438, 0.1438]
     """
-    return prefix_sums(statistics, statistics.rows.kl)
-
-
-def prefix_sums(statistics: TokenStatistics, values: Float[Tensor, " m"]) -> NDArray[np.float64]:
-    """``Σ_n w_{<n} values_n`` of each string: its mean is ``E_p[Σ_n values_n]`` for any functions of the prefix.
-
-    With ``values = 1`` it counts the decisions of a string from ``p``: the denominator of a rate per token.
-    """
-    return statistics.per_string(weighted(statistics.prefix_weight(), values.double())).numpy()
+    return statistics.strings().rb.numpy()

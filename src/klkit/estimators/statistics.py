@@ -6,16 +6,19 @@ is then a fold over the same :class:`TokenStatistics`, so all of them see the sa
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from klkit.divergences.fused import RowStatistics, mixture_kl, row_statistics
+from klkit.estimators.strings import StringStatistics
 from klkit.models.base import LanguageModel, VocabularyMismatch, read_rows
-from klkit.numerics import rows_per_chunk
+from klkit.numerics import excess, rows_per_chunk
 from klkit.sequences import Sequences
 
 
@@ -69,6 +72,78 @@ class TokenStatistics:
     def string_weight(self) -> Float[Tensor, " n"]:
         """``p(y)/μ(y)``: the same for functions of the whole string."""
         return self.per_string(self.importance_ratio()).exp()
+
+    def usable(self) -> Bool[Tensor, " m"]:
+        """Decisions whose log-ratio and its mean and variance under ``p`` are finite.
+
+        But for tokens that ``p`` cannot have drawn, or that have no number, the prefix alone decides.
+        """
+        rows = self.rows
+        finite = rows.kl.isfinite() & rows.entropy_p.isfinite() & rows.variance_logp.isfinite() & (rows.lost == 0)
+        return finite & self.log_ratio.isfinite()
+
+    def strings(self) -> StringStatistics:
+        """The sums over each string's decisions.
+
+        Example:
+            >>> from klkit.models.automaton import coin
+            >>> from klkit.sampling.ancestral import sample
+            >>> p, q = coin(end=0.5), coin(end=0.25)
+            >>> x = sample(p, [p.context(None)] * 4, max_tokens=50, seed=0).sequences
+            >>> statistics = score(p, q, x)
+            >>> bool((statistics.strings().kl == statistics.per_string(statistics.rows.kl)).all())
+            True
+        """
+        rows, x, foreign = self.rows, self.x, self.x.sampler_logp is not None
+        ratio, kl = self.log_ratio.double(), rows.kl.double()
+        columns = {
+            "logp": rows.logp,
+            "log_ratio": ratio,
+            "kl": kl,
+            "k3": excess(-ratio),
+            "surprise": (ratio - kl).where(self.usable(), 0.0),
+            "infinite": rows.lost > 0,
+            "reverse_kl": rows.reverse_kl,
+            "total_variation": rows.total_variation,
+            "entropy_p": rows.entropy_p,
+            "entropy_q": rows.entropy_q,
+            "same_top": rows.same_top,
+        }
+        if self.mixture is not None:
+            columns["mixture"] = self.mixture
+        if x.sampler_logp is not None:
+            before, after = self.prefix_weight(), self.token_weight()
+            columns |= {
+                "log_drawn": x.sampler_logp,
+                "mc": weighted(after, ratio),
+                "k3": weighted(after, columns["k3"]),
+                "rb": weighted(before, kl),
+                "decisions": before,
+                "reached": (rows.lost > 0) & (before > 0),
+            }
+            if self.mixture is not None:
+                columns["mixture"] = weighted(before, self.mixture.double())
+        each = torch.stack([values.double() for values in columns.values()])
+        total = torch.zeros(len(columns), len(x), dtype=torch.float64).index_add_(1, x.row(), each)
+        sums = dict(zip(columns, total, strict=True))
+        own = {
+            "log_drawn": sums["logp"],
+            "mc": sums["log_ratio"],
+            "rb": sums["kl"],
+            "decisions": x.lengths.double(),
+            "reached": sums["infinite"],
+            "mixture": None,
+        }
+        return StringStatistics(
+            prompt=x.prompt,
+            cluster=x.cluster,
+            finished=x.finished,
+            lengths=x.lengths,
+            identity=identity(x),
+            weight=self.string_weight() if foreign else torch.ones(len(x), dtype=torch.float64),
+            own=torch.full((len(x),), not foreign),
+            **(own | sums),
+        )
 
     def select(self, strings: Int[Tensor, " k"]) -> TokenStatistics:
         """The statistics of the strings ``strings``, in that order."""
@@ -156,6 +231,14 @@ def collect(
         features=torch.cat(innovations).cpu() if innovations else rows["kl"].new_zeros(x.decisions, 0),
         mixture=torch.cat(mixtures).cpu() if mixture else None,
     )
+
+
+def identity(x: Sequences) -> Int[Tensor, "n 2"]:
+    """128 bits for each string that equal completions share: a digest of the completion's ids."""
+    ids = x.tokens.numpy()
+    bounds = zip(ids, x.start.tolist(), x.stop.tolist(), strict=True)
+    digests = [hashlib.blake2b(row[start:stop].tobytes(), digest_size=16).digest() for row, start, stop in bounds]
+    return torch.tensor(np.frombuffer(b"".join(digests), dtype=np.int64)).view(-1, 2)
 
 
 def weighted(weight: Float[Tensor, " b"], value: Float[Tensor, " b"]) -> Float[Tensor, " b"]:

@@ -7,19 +7,15 @@ subtracted from any estimate without moving its mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from numpy.typing import NDArray
 from torch import Tensor
 
 from klkit import rng
 from klkit.estimators.statistics import TokenStatistics
-
-Array = NDArray[np.float64]
 
 OUTLYING = 1000.0  # a row of an embedding this many times longer than the typical one was never trained
 ROWS = 4096  # rows of an embedding widened at a time
@@ -155,60 +151,11 @@ def ended(statistics: TokenStatistics) -> Bool[Tensor, " m"]:
     return x.finished[row] & (x.position() == x.lengths[row] - 1)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Moments:
-    """Sums over the decisions of some strings: all that fitting and judging coefficients need.
-
-    The variates ``Z_n`` have ``c`` columns, the first ``e`` of them the end token's. ``W_n`` is ``Z_n`` but for those,
-    which are ``p(end) 1[y_n ≠ end] B_n``: it correlates with the future exactly as ``Z_n`` does. A string's end is
-    worth what it forgoes, and that is seen wherever strings went on; ``Z_n`` would learn it from the few ends alone.
-
-    Attributes:
-        gram: ``Σ Z_n Z_nᵀ``, ``(c, c)``.
-        known: its diagonal blocks of the first innovations, as their variances given the prefixes have them: what
-            tokens that were not drawn would have added, ``(3, e, e)``.
-        going_on: ``Σ W_n (1[y_n ≠ end] B_n)ᵀ``, of the same mean as the first columns of ``gram``, ``(c, e)``.
-        echo: ``Σ W_n (Σ_{j>n} Z_j)ᵀ`` for the first columns, of mean 0: what they will remove later, ``(c, e)``.
-        target: ``Σ W_n Σ_{j>n} (D_j, 1)``, ``(c, 2)``.
-        total: ``Σ (D_n, 1)``, ``(2,)``.
-        strings: how many strings.
-    """
-
-    gram: Array
-    known: Array
-    going_on: Array
-    echo: Array
-    target: Array
-    total: Array
-    strings: int
-
-    @classmethod
-    def cat(cls, parts: Sequence[Moments]) -> Moments:
-        """Those of several sets of strings together."""
-        return cls(*(sum(getattr(part, f.name) for part in parts) for f in fields(cls)))
-
-
-def accumulate(statistics: TokenStatistics) -> tuple[Array, Moments]:
-    """Each string's variates ``Σ_n Z_n``, ``(n, c)``, and the moments of all of them."""
-    v = variates(statistics)
-    products = torch.cat([v.end, v.other], dim=1)
-    left = torch.cat([v.end_p[:, None] * v.going_on, v.other], dim=1)
-    values = torch.stack([statistics.rows.kl.double(), torch.ones_like(v.end_p)], dim=1)
-    moments = Moments(
-        gram=(products.T @ products).numpy(),
-        known=torch.einsum("mk,mb,mc->kbc", v.variance, v.basis, v.basis).numpy(),
-        going_on=(left.T @ v.going_on).numpy(),
-        echo=(left.T @ later(statistics, v.end)).numpy(),
-        target=(left.T @ later(statistics, values)).numpy(),
-        total=values.sum(0).numpy(),
-        strings=len(statistics.x),
-    )
-    sums = torch.zeros(len(statistics.x), products.shape[1], dtype=torch.float64)
-    return sums.index_add_(0, statistics.x.row(), products).numpy(), moments
-
-
 def later(statistics: TokenStatistics, values: Float[Tensor, "m c"]) -> Float[Tensor, "m c"]:
     """``Σ_{j>n} values_j`` over the later decisions of the same string."""
-    running = values.cumsum(0)
-    last = statistics.x.lengths.cumsum(0) - 1
-    return running[last[statistics.x.row()]] - running
+    row, place, lengths = statistics.x.row(), statistics.x.position(), statistics.x.lengths
+    # Padded, so that no string's rounding reaches another one.
+    running = values.new_zeros(len(lengths), int(lengths.max()) if len(lengths) else 0, values.shape[1])
+    running[row, place] = values
+    running = running.cumsum(1)
+    return running[row, lengths[row] - 1] - running[row, place]

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from klkit.report.plots import estimators_figure, position_figure, strings_figure
-from klkit.report.record import REPORT, Batch, RunFolder, disk_errors, write_text
+from klkit.report.record import REPORT, RunFolder, disk_errors, write_text
+from klkit.report.shards import Shown
 from klkit.report.text import printable
 
 SHADES = 8  # steps of the heat map's colour scale
+LISTED = 20  # strings in plain text
 SATURATED = 0.995  # quantile of the per-token KL at which the scale ends
+
+Array = NDArray[np.float64]
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -25,17 +31,22 @@ def write_report(folder: RunFolder) -> Path:
     Raises:
         RunFolderError: the run is not finished, damaged, or the page cannot be written.
     """
-    page = render(folder.result(), folder.whole(), folder.tokens(), folder.samples())
+    first = list(islice(folder.samples(), LISTED))
+    page = render(folder.result(), folder.shown(), shade_limit(folder), folder.tokens(), first)
     path = folder.path / REPORT
     with disk_errors(folder.path):
         write_text(path, page)
     return path
 
 
-def render(result: Mapping[str, Any], whole: Batch, texts: Mapping[int, str], samples: list[dict[str, Any]]) -> str:
+def render(
+    result: Mapping[str, Any], shown: Shown, limit: float, texts: Mapping[int, str], samples: list[dict[str, Any]]
+) -> str:
     """The page as text.
 
     Args:
+        limit: per-token KL at which the colour scale ends.
+        samples: the first strings in plain text, shown where none is shown token by token.
         texts: readable text of every token that the page shows.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -51,7 +62,7 @@ def render(result: Mapping[str, Any], whole: Batch, texts: Mapping[int, str], sa
     environment.filters.update(number=number, printable=printable)
     parts = result["breakdown"]
     counted = "windows" if result["headline"]["estimand"] == "F" else "responses"
-    strings = heat_map(whole, texts)
+    strings = heat_map(shown, limit, texts)
     return environment.get_template("template.html").render(
         result=result,
         head=result["headline"],
@@ -63,8 +74,8 @@ def render(result: Mapping[str, Any], whole: Batch, texts: Mapping[int, str], sa
         counted=counted,
         first=result["roles"][0],
         second=result["roles"][1],
-        shade_limit=shade_limit(whole),
-        samples=[] if strings else samples[:20],
+        shade_limit=limit,
+        samples=[] if strings else samples,
         data=embed({"top": [s["top"] for s in strings], "texts": {str(i): printable(t) for i, t in texts.items()}}),
     )
 
@@ -95,16 +106,12 @@ def embed(data: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def heat_map(whole: Batch, texts: Mapping[int, str]) -> list[dict[str, Any]]:
+def heat_map(shown: Shown, limit: float, texts: Mapping[int, str]) -> list[dict[str, Any]]:
     """The strings shown token by token, most divergent first, each token with its shade and figures."""
-    statistics, details = whole.statistics, whole.details
-    if not len(details.string):
-        return []
-    few = statistics.select(details.string)
+    few, details = shown.statistics, shown.details
     kl = few.rows.kl.double().numpy()
-    top = shade_limit(whole)
     # The square root: KL is quadratic in the difference of two laws, so this is linear in the difference.
-    shade = np.floor(SHADES * np.sqrt(np.minimum(kl / top, 1.0)) + 0.5).astype(int)
+    shade = np.floor(SHADES * np.sqrt(np.minimum(kl / limit, 1.0)) + 0.5).astype(int)
     ratio = few.log_ratio.double().numpy()
     found = []
     first = 0
@@ -139,11 +146,31 @@ def heat_map(whole: Batch, texts: Mapping[int, str]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda s: -s["kl"])
 
 
-def shade_limit(whole: Batch) -> float:
+def shade_limit(folder: RunFolder) -> float:
     """The per-token KL at which the colour scale ends: a quantile of the run, so that one outlier cannot bleach it."""
-    kl = whole.statistics.rows.kl.double().numpy()
-    finite = kl[np.isfinite(kl) & (kl > 0)]
-    return float(np.quantile(finite, SATURATED)) if len(finite) else 1.0
+    count = sum(len(positive(part)) for part in folder.column("rows.kl"))
+    return upper_quantile((positive(part) for part in folder.column("rows.kl")), count, SATURATED) if count else 1.0
+
+
+def positive(kl: torch.Tensor) -> Array:
+    """The divergences that are neither 0 nor infinite."""
+    values: Array = kl.double().numpy()
+    return values[np.isfinite(values) & (values > 0)]
+
+
+def upper_quantile(parts: Iterable[Array], count: int, level: float) -> float:
+    """``np.quantile`` at a high ``level`` of ``count`` values that come in parts; only those above it are kept.
+
+    Example:
+        >>> upper_quantile([np.array([3.0, 1.0]), np.array([2.0, 5.0, 4.0])], 5, 0.75)
+        4.0
+    """
+    rank = (count - 1) * level
+    wanted = count - math.floor(rank)
+    largest = np.zeros(0)
+    for part in parts:
+        largest = np.sort(np.concatenate([largest, part]))[-wanted:]
+    return float(np.interp(rank - math.floor(rank), [0.0, 1.0], largest[[0, min(1, wanted - 1)]]))
 
 
 def _pairs(tokens: torch.Tensor, logp: torch.Tensor) -> list[list[Any]]:

@@ -19,21 +19,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from klkit.divergences.fused import RowStatistics
-from klkit.estimators.statistics import TokenStatistics
-from klkit.sequences import Sequences
+from klkit.report.shards import Batch, Shown, flatten, join_shards, read_column, read_shown, unflatten
 
 CONFIG, RESULT, SAMPLES, TENSORS, TOKENS, ENV, REPORT, SHARDS = (
     "config.yaml",
@@ -52,86 +49,6 @@ FREE_ON_RESUME = frozenset({"batch_size", "unit", "out", "json", "resume", "meth
 
 class RunFolderError(ValueError):
     """A run folder cannot be used as asked: it is missing, corrupt, or belongs to another run."""
-
-
-@dataclass(frozen=True, slots=True)
-class Details:
-    """The five most probable tokens of both models at every decision of a few strings.
-
-    Attributes:
-        string: index of the shown strings in the run, ``(s,)``.
-        tokens_p: ids, ``(k, 5)`` over the decisions of those strings, most probable first.
-        logp_p: their log-probabilities under ``p``, ``(k, 5)``.
-        tokens_q: the same for ``q``.
-        logp_q: their log-probabilities under ``q``.
-    """
-
-    string: Tensor
-    tokens_p: Tensor
-    logp_p: Tensor
-    tokens_q: Tensor
-    logp_q: Tensor
-
-    @staticmethod
-    def cat(parts: Sequence[Details], offsets: Sequence[int]) -> Details:
-        """Concatenate batches; ``offsets`` is the index in the run of each batch's first string."""
-        return Details(
-            torch.cat([part.string + offset for part, offset in zip(parts, offsets, strict=True)]),
-            *(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Details)[1:]),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One finished batch of strings.
-
-    Attributes:
-        statistics: what the estimators read.
-        details: the decisions of the few strings that the report shows in full.
-        floor: ``KL(p‖p)`` between two passes of ``p`` over the first strings of the run, ``(f,)``.
-    """
-
-    statistics: TokenStatistics
-    details: Details
-    floor: Tensor
-
-
-def flatten(batch: Batch) -> dict[str, Tensor]:
-    """A batch as named tensors, the form in which it lies on disk."""
-    x, stats = batch.statistics.x, batch.statistics
-    named = {f"x.{f.name}": getattr(x, f.name) for f in fields(Sequences)}
-    named |= {f"rows.{f.name}": getattr(stats.rows, f.name) for f in fields(RowStatistics)}
-    named |= {f"details.{f.name}": getattr(batch.details, f.name) for f in fields(Details)}
-    named |= {"features": stats.features, "mixture": stats.mixture, "floor": batch.floor}
-    return {name: value.contiguous() for name, value in named.items() if value is not None}
-
-
-def unflatten(tensors: Mapping[str, Tensor]) -> Batch:
-    """The inverse of :func:`flatten`."""
-
-    def part(prefix: str, cls: type) -> dict[str, Tensor | None]:
-        return {f.name: tensors.get(f"{prefix}.{f.name}") for f in fields(cls)}
-
-    statistics = TokenStatistics(
-        x=Sequences(**part("x", Sequences)),  # type: ignore[arg-type]
-        rows=RowStatistics(**part("rows", RowStatistics)),  # type: ignore[arg-type]
-        features=tensors["features"],
-        mixture=tensors.get("mixture"),
-    )
-    return Batch(statistics, Details(**part("details", Details)), tensors["floor"])  # type: ignore[arg-type]
-
-
-def join(batches: Sequence[Batch]) -> Batch:
-    """All batches of a run as one."""
-    offsets, total = [], 0
-    for batch in batches:
-        offsets.append(total)
-        total += len(batch.statistics.x)
-    return Batch(
-        TokenStatistics.cat([batch.statistics for batch in batches]),
-        Details.cat([batch.details for batch in batches], offsets),
-        torch.cat([batch.floor for batch in batches]),
-    )
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -284,53 +201,68 @@ class RunFolder:
             with (self.path / SAMPLES).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
-    def batches(self) -> list[Batch]:
-        """The batches that are done, in order.
+    def shards(self) -> list[Path]:
+        """The files of the batches that are done, in order.
 
         Raises:
-            RunFolderError: a shard is damaged, or one is missing in the middle.
+            RunFolderError: one is missing in the middle.
         """
-        found = []
-        for position, path in enumerate(sorted((self.path / SHARDS).glob("[0-9]*-*.safetensors"))):
-            number, digest = path.stem.split("-", 1)
-            if number != f"{position:05d}":
+        paths = sorted((self.path / SHARDS).glob("[0-9]*-*.safetensors"))
+        for position, path in enumerate(paths):
+            if path.stem.split("-", 1)[0] != f"{position:05d}":
                 raise RunFolderError(
                     f"expected shard {position:05d} in {self.path / SHARDS}, got {path.name} next; a batch is "
                     f"missing, so this run cannot be resumed: start again in another --out"
                 )
+        return paths
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches that are done, one after the other.
+
+        Raises:
+            RunFolderError: a shard is damaged, or one is missing in the middle.
+        """
+        for path in self.shards():
             try:
-                if _digest(path) != digest:
+                if _digest(path) != path.stem.split("-", 1)[1]:
                     raise ValueError("its content is not what was written")
-                found.append(unflatten(load_file(path)))
+                batch = unflatten(load_file(path))
             except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
                 raise RunFolderError(
                     f"expected a readable shard {path}, got: {error}; delete this shard and the later ones, "
                     f"then continue with --resume"
                 ) from error
-        return found
+            yield batch
 
-    def rewrite_samples(self, lines: Sequence[Mapping[str, Any]]) -> None:
+    def rewrite_samples(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Replace samples.jsonl, when a crash left it out of step with the shards."""
-        with disk_errors(self.path):
-            write_text(self.path / SAMPLES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
-    def samples(self) -> list[dict[str, Any]]:
+        def write(beside: Path) -> None:
+            with beside.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+        with disk_errors(self.path):
+            write_atomically(self.path / SAMPLES, write)
+
+    def samples(self) -> Iterator[dict[str, Any]]:
         """The lines of samples.jsonl but for broken ones, such as a last line that a crash cut off."""
         path = self.path / SAMPLES
-        found = []
+        if not path.exists():
+            return
         # Bytes, since a crash may have cut a character in two; b"\n", since texts may hold Unicode's other line ends.
-        for line in path.read_bytes().split(b"\n") if path.exists() else []:
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue  # whoever counts the lines finds one missing, wherever it stood
-        return found
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    found = json.loads(line)
+                except ValueError:
+                    continue  # whoever counts the lines finds one missing, wherever it stood
+                yield found
 
-    def finish(self, whole: Batch, result: Mapping[str, Any], texts: Mapping[int, str]) -> None:
-        """Write the joined tensors, the tokens' texts and the result, and drop the shards."""
+    def finish(self, result: Mapping[str, Any], texts: Mapping[int, str]) -> None:
+        """Write the tensors of all batches into one file, the tokens' texts and the result, and drop the shards."""
         with disk_errors(self.path):
             write_text(self.path / TOKENS, json.dumps({str(token): text for token, text in texts.items()}))
-            write_atomically(self.path / TENSORS, lambda beside: save_file(flatten(whole), beside))
+            write_atomically(self.path / TENSORS, lambda beside: join_shards(self.shards(), beside))
             write_text(self.path / RESULT, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
             shutil.rmtree(self.path / SHARDS)
 
@@ -345,10 +277,20 @@ class RunFolder:
                 f"klkit run {self.path / CONFIG}"
             ) from error
 
-    def whole(self) -> Batch:
-        """Everything a finished run stored."""
+    def shown(self) -> Shown:
+        """The strings of a finished run that its page shows token by token."""
+        with self._readable_tensors():
+            return read_shown(self.path / TENSORS)
+
+    def column(self, name: str) -> Iterator[Tensor]:
+        """One column of a finished run's numbers, such as ``"rows.kl"``, some at a time."""
+        with self._readable_tensors():
+            yield from read_column(self.path / TENSORS, name)
+
+    @contextmanager
+    def _readable_tensors(self) -> Iterator[None]:
         try:
-            return unflatten(load_file(self.path / TENSORS))
+            yield
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             raise RunFolderError(
                 f"expected a readable {TENSORS} in {self.path}, got: {error}; repeat the run with "

@@ -1,0 +1,80 @@
+"""What a run remembers of its batches: sums of all of them, and the few strings that its report shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from klkit.api.breakdown import PositionSums, TokenSums, breakdown, finite
+from klkit.estimators.folds import deal
+from klkit.estimators.statistics import TokenStatistics
+from klkit.estimators.strings import StringStatistics
+from klkit.estimators.tally import Tally
+from klkit.models.base import LanguageModel
+from klkit.report.shards import Batch, Details, Shown
+
+
+class Gathered:
+    """The batches of a run, summed up as they come: a few hundred bytes a string, none for a token.
+
+    Args:
+        clusters: how many independent units the run may draw, numbered from 0, for the folds of the control
+            variates; 0 where none are wanted.
+        every: keep the divergence of every decision, four bytes each: for quantiles, which sums do not give.
+
+    Attributes:
+        tally: what estimators and checks read.
+        floor: ``KL(p‖p)`` between two passes of ``p`` over the first strings.
+    """
+
+    def __init__(self, clusters: int, *, every: bool = False) -> None:
+        self.tally = Tally(deal(np.arange(clusters)) if clusters else None)
+        self.floor = torch.zeros(0, dtype=torch.float64)
+        self._positions: list[PositionSums] = []
+        self._tokens: list[TokenSums] = []
+        self._shown: list[tuple[TokenStatistics, Details, int]] = []
+        self._every: list[Tensor] | None = [] if every else None
+        self._strings = 0
+
+    def add(self, batch: Batch) -> None:
+        """Count in a batch."""
+        statistics, details = batch.statistics, batch.details
+        self.tally.add(statistics)
+        self.floor = torch.cat([self.floor, batch.floor])
+        self._positions.append(PositionSums.of(statistics))
+        kl, ratio = statistics.rows.kl.double().numpy(), statistics.log_ratio.double().numpy()
+        tokens = TokenSums.of(statistics.x.targets().numpy(), finite(kl), ratio)
+        self._tokens = [TokenSums.cat([*self._tokens, tokens])]
+        if not self._shown or len(details.string):
+            self._shown.append((statistics.select(details.string), details, self._strings))
+        if self._every is not None:
+            self._every.append(statistics.rows.kl)
+        self._strings += len(statistics.x)
+
+    def __len__(self) -> int:
+        return self._strings
+
+    @property
+    def strings(self) -> StringStatistics:
+        """The sums of every string."""
+        return self.tally.strings()
+
+    @property
+    def shown(self) -> Shown:
+        """The strings that the report shows token by token."""
+        parts, details, offsets = zip(*self._shown, strict=True)
+        return Shown(TokenStatistics.cat(parts), Details.cat(details, offsets))
+
+    @property
+    def every(self) -> NDArray[np.float64]:
+        """The divergence of every decision, if it was kept, ``(m,)``."""
+        return torch.cat(self._every or [torch.zeros(0)]).double().numpy()
+
+    def parts(self, model: LanguageModel) -> dict[str, Any]:
+        """Where the divergence sits, as the report shows it."""
+        self._positions = [PositionSums.cat(self._positions)]
+        return breakdown(self.strings, self._positions[0], self._tokens[0], model.pieces)
