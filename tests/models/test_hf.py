@@ -119,6 +119,31 @@ def test_the_head_runs_on_chunks_only(monkeypatch):
     assert seen[-1] == 3 * 320
 
 
+def test_the_head_that_is_handed_over_is_the_parameter_with_scale_and_cap(model):
+    head = model.head()
+    assert head.weight is model.model.get_output_embeddings().weight
+    x = strings()
+    logits = torch.cat([model.model(input_ids=x.tokens[i : i + 1, : int(x.stop[i])]).logits[0] for i in range(len(x))])
+    got = head.logits(torch.cat([model._read(x.tokens[i : i + 1, : int(x.stop[i])])[0] for i in range(len(x))]))
+    assert near(got, logits, model)  # the logits themselves, not only the law
+
+
+def test_a_head_that_something_alters_stays():
+    model = HuggingFaceModel(build("gpt2"), tokenizer())
+    assert model.head() is not None
+    handle = model.model.lm_head.register_forward_hook(lambda *_: None)
+    assert model.head() is None
+    handle.remove()
+    peft = pytest.importorskip("peft")
+    with quiet():
+        adapted = peft.get_peft_model(
+            build("gpt2", tie_word_embeddings=False), peft.LoraConfig(target_modules=["lm_head"])
+        ).get_base_model()
+        assert HuggingFaceModel(adapted, tokenizer()).head() is None
+        adapted = peft.get_peft_model(build("gpt2"), peft.LoraConfig(target_modules=["c_attn"])).get_base_model()
+        assert HuggingFaceModel(adapted, tokenizer()).head() is not None
+
+
 def test_unknown_treatment_of_logits_keeps_them_whole():
     network = build("llama")
     forward = type(network).forward
@@ -132,6 +157,7 @@ def test_unknown_treatment_of_logits_keeps_them_whole():
     model = HuggingFaceModel(network, tokenizer())
     assert model.width == 320
     assert "kept whole" in model.notes[0]
+    assert model.head() is None
     x = strings()
     assert torch.allclose(model.readout(model.encode(x)).double(), own_log_probs(model, x), atol=1e-5, rtol=0)
     assert torch.allclose(decode(model, x), model.encode(x), atol=1e-4, rtol=0)
@@ -166,6 +192,7 @@ def test_half_precision_is_read_out_in_single():
     assert logp.dtype == torch.float32
     wanted = torch.log_softmax(h.double() @ half.model.lm_head.weight.double().T, -1)
     assert torch.allclose(logp.double(), wanted, atol=2e-5, rtol=0)
+    assert half.head().weight.dtype == torch.bfloat16
 
 
 def test_a_network_that_sees_the_future_is_refused():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import bank
+from klkit.divergences.linear import Head
 from klkit.models.automaton import Automaton, automaton, coin, trunk
 from klkit.models.base import LanguageModel, Vocabulary
 from klkit.models.laws import check_laws, deviation
@@ -132,6 +133,11 @@ class ChangesItsMind(Broken):
         return torch.tensor([3] * (1 + ChangesItsMind.asked % 3))  # type: ignore[attr-defined]
 
 
+class HandsOverAnotherHead(Broken):
+    def head(self) -> Head:
+        return Head(torch.linspace(-1, 1, 4, dtype=torch.float64)[:, None])
+
+
 @pytest.mark.parametrize(
     ("kind", "law"),
     [
@@ -149,6 +155,7 @@ class ChangesItsMind(Broken):
         (ShortEmbedding, "one finite vector a token"),
         (OnePiece, "one piece of text"),
         (ChangesItsMind, "always has the same context"),
+        (HandsOverAnotherHead, "logits of the output head"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else None,
 )

@@ -15,7 +15,7 @@ import bank
 from enumeration import scores, strings
 from klkit.estimators.exact import exact
 from klkit.models.automaton import Automaton, automaton, coin, memoryless
-from klkit.models.base import LanguageModel, NotTractable
+from klkit.models.base import LanguageModel, NotTractable, head_of
 from klkit.models.laws import check_laws
 from klkit.models.spec import load
 from klkit.models.wrap import Transformed, as_automaton, extend, restrict, temperature, top_k, top_p
@@ -201,3 +201,32 @@ class Opaque:
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.inner, name)
+
+
+@pytest.fixture(scope="module")
+def network() -> LanguageModel:
+    return load(str(folder("gemma2")))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "handed_over"),
+    [
+        (lambda model: temperature(model, 0.7), True),
+        (lambda model: top_p(model, 1.0), True),
+        (lambda model: restrict(model, range(300)), True),
+        (lambda model: restrict(model, [0, 2]), False),
+        (lambda model: extend(model, 330), True),
+        (lambda model: temperature(extend(restrict(model, range(310)), 325), 2.0), True),
+        (lambda model: top_k(model, 3), False),
+        (lambda model: temperature(top_p(model, 0.5), 2.0), False),
+    ],
+)
+def test_heads_follow_where_they_can(wrap, handed_over: bool, network: LanguageModel) -> None:
+    model = wrap(network)
+    assert (head_of(model) is not None) == handed_over
+    if handed_over:
+        check_laws(model, strings=2, max_tokens=4)
+
+
+def test_automata_have_no_head() -> None:
+    assert head_of(temperature(P, 0.5)) is None

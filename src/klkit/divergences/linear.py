@@ -13,7 +13,7 @@ from torch import Tensor
 from klkit.numerics import linear, rows_per_chunk, widen
 
 TILE_BYTES = 4 << 20
-"""Bytes of a half-precision weight, once widened, that are worked on at a time: they stay in cache."""
+"""Bytes of a weight that are worked on at a time: they stay in cache."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -112,23 +112,24 @@ class Head:
         return out
 
     def _product(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor) -> None:
-        """``z = factor · (hidden Wᵀ + b)``, the weight widened a tile at a time if need be."""
-        for tile, wide in wide_tiles(weight, z.dtype):
+        """``z = factor · (hidden Wᵀ + b)``, a tile at a time."""
+        for tile, wide in tiles(weight, z.dtype):
             part = linear(hidden, wide, None if bias is None else bias[tile].to(z.dtype), out=z[:, tile])
             if self.factor != 1.0:
                 part *= self.factor
 
 
-def wide_tiles(weight: Float[Tensor, "v d"], dtype: torch.dtype) -> Iterator[tuple[slice, Float[Tensor, "_t d"]]]:
-    """``weight`` in precision ``dtype``, as it is or a tile of rows after the other in one small buffer.
+def tiles(weight: Float[Tensor, "v d"], dtype: torch.dtype) -> Iterator[tuple[slice, Float[Tensor, "_t d"]]]:
+    """The rows of ``weight`` in precision ``dtype``, as many at a time as stay in cache; on accelerators, all of them.
 
-    Reading half the bytes and widening them in cache takes no longer than reading wide weights.
+    Reading half the bytes and widening them in one small buffer takes no longer than reading wide weights, and the
+    product of a tile is small too, wherever it must be written twice.
     """
-    if weight.dtype == dtype:
+    if weight.device.type != "cpu" and weight.dtype == dtype:
         yield slice(0, len(weight)), weight
         return
     rows = rows_per_chunk(weight.shape[1], bytes_per_value=dtype.itemsize, budget=TILE_BYTES)
-    buffer = torch.empty(min(rows, len(weight)), weight.shape[1], dtype=dtype, device=weight.device)
+    buffer = weight.new_empty(0 if weight.dtype == dtype else min(rows, len(weight)), weight.shape[1], dtype=dtype)
     for start in range(0, len(weight), rows):
         part = weight[start : start + rows]
-        yield slice(start, start + len(part)), buffer[: len(part)].copy_(part)
+        yield slice(start, start + len(part)), part if part.dtype == dtype else buffer[: len(part)].copy_(part)
