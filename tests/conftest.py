@@ -1,6 +1,7 @@
 """Type and shape checks of every tensor argument, on for the whole suite."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -9,3 +10,9 @@ from jaxtyping import install_import_hook
 
 hook = install_import_hook("klkit", "beartype.beartype")
 hook.__enter__()
+
+# What numba compiles cannot be wrapped, and takes no tensors.
+COMPILED = ("klkit.divergences.backends.kernels", "klkit.divergences.backends.lanes")
+finder = sys.meta_path[0]
+instruments = finder.should_instrument
+finder.should_instrument = lambda name: instruments(name) and name not in COMPILED

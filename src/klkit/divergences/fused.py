@@ -1,8 +1,8 @@
-"""Every per-decision quantity from one visit to a chunk of rows, without gradients.
+"""Every per-decision quantity from one visit to rows of raw logits, without gradients.
 
-Callers pass a cache-sized chunk (``klkit.numerics.rows_per_chunk``), so the temporaries below stay
-in cache and nothing of the size of all the logits is ever allocated. Nothing below selects by a mask
-of the vocabulary's size: on a CPU that costs more than all the arithmetic.
+The work is a backend's (:mod:`klkit.divergences.backends`), which goes through the rows in pieces that
+stay in cache; nothing of the size of all the logits is ever allocated. The same with gradients is
+:mod:`klkit.divergences.differentiable`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.linalg import vecdot
 
+from klkit.divergences import backends
 from klkit.divergences.kl import nonnegative_kl
 from klkit.divergences.mixtures import log_mixture
-from klkit.numerics import FLOOR, LN2, excess_series, floored, lost, require_mass, split, widen
+from klkit.divergences.sums import RowSums, RowValues, norms_of, values
+from klkit.numerics import FLOOR, log1mexp, widen
 
 
 @dataclass(frozen=True, slots=True)
 class RowStatistics:
-    """Scalars of each row of ``p``- and ``q``-log-probabilities; every field is ``(m,)``, in nats.
+    """Scalars of each row of ``p``- and ``q``-logits; every field is ``(m,)``, in nats.
 
     Attributes:
         logp: ``log p(y)`` of the drawn token.
@@ -67,132 +68,113 @@ class RowStatistics:
 
 @torch.no_grad()
 def row_statistics(
-    logp: Float[Tensor, "m v"], logq: Float[Tensor, "m v"], tokens: Int[Tensor, " m"], ends: tuple[int, ...]
+    logits_p: Float[Tensor, "m v"],
+    logits_q: Float[Tensor, "m _"],
+    tokens: Int[Tensor, " m"],
+    ends: tuple[int, ...],
+    *,
+    overwrite: bool = False,
+    backend: str | None = None,
 ) -> RowStatistics:
-    """Reduce rows of log-probabilities to the scalars that estimators, audit and report need.
+    """Reduce rows of logits to the scalars that estimators, audit and report need.
 
-    The divergences agree with ``klkit.divergences``: non-negative forms, infinite where the other law
-    excludes a token, no contribution from a token that both exclude.
+    The divergences agree with ``klkit.divergences``: never negative, accurate far below 1e-7 nats, infinite
+    where the other law excludes a token, without contribution from a token that both exclude. Log-probabilities
+    are logits too: rows need not be normalised.
 
     Args:
-        logp: log-probabilities under ``p``; half precision is widened, double is kept.
-        logq: log-probabilities under ``q``.
+        logits_p: logits of ``p``; half precision is widened as it is read, double is kept.
+        logits_q: logits of ``q``.
         tokens: the token drawn at each row.
         ends: ids that end a response.
+        overwrite: leave the probabilities of ``p`` in ``logits_p``, where they cost nothing more.
+        backend: by default the one that :func:`klkit.divergences.backends.choose` names for this much work.
 
     Raises:
-        ValueError: a row is not normalised.
+        ValueError: a logit is NaN or ``+inf``, a row excludes every token, or the shapes differ.
 
     Example:
         >>> import torch
         >>> p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
         >>> rows = row_statistics(p, q, torch.tensor([1]), ends=(0,))
-        >>> round(float(rows.kl), 6), round(float(rows.end_kl), 6), float(rows.total_variation)
+        >>> round(float(rows.kl), 6), round(float(rows.end_kl), 6), round(float(rows.total_variation), 6)
         (0.143841, 0.143841, 0.25)
     """
-    dtype = torch.promote_types(widen(logp).dtype, widen(logq).dtype)
-    a, b = floored(logp.to(dtype)), floored(logq.to(dtype))
-    p, q, d = _exp(a), _exp(b), b - a
-    kl, reverse_kl, total_variation = _divergences(p, q, d)
-    entropy_p, entropy_q = -vecdot(p, a), -vecdot(q, b)
-    variance_logp, variance_ratio = _variance(p, a, -entropy_p), _variance(p, d, -kl)
-    infinite, reverse_infinite = lost(d), d.amax(-1) > -FLOOR / 2
-    lost_mass, excluded = _excluded(a, b, infinite)
-    coin_p, coin_q = _coin(a, p, ends, "p"), _coin(b, q, ends, "q")
+    require_same_shape(logits_p, logits_q)
+    dtype = torch.promote_types(widen(logits_p).dtype, widen(logits_q).dtype)
+    name = backend or backends.choose(logits_p.numel(), logits_p.device, dtype)
+    kernels = backends.get(name, logits_p, logits_q)
+    sums = RowSums(*kernels.row_sums(logits_p, logits_q).unbind(1))
+    found = values(sums)
+    norms = norms_of(sums, found)
+    lost_mass, excluded = _excluded(logits_p, logits_q, sums, found)
+    log_norm_q = found.log_mass_q + sums.greatest
+    coin_p = _coin(logits_p, ends, sums.reference + found.log_mass_p)
+    coin_q = _coin(logits_q, ends, log_norm_q)
     drawn = tokens[:, None]
+    logp = logits_p.gather(1, drawn)[:, 0].double() - sums.reference - found.log_mass_p
+    logq = logits_q.gather(1, drawn)[:, 0].double() - log_norm_q
+    total_variation = kernels.second_sweep(logits_p, logits_q, norms, overwrite=overwrite)[:, 2]
     return RowStatistics(
-        logp=logp.gather(1, drawn)[:, 0].to(dtype),
-        logq=logq.gather(1, drawn)[:, 0].to(dtype),
-        kl=kl.masked_fill(infinite, torch.inf),
-        reverse_kl=reverse_kl.masked_fill(reverse_infinite, torch.inf),
-        total_variation=total_variation,
-        entropy_p=entropy_p,
-        entropy_q=entropy_q,
-        variance_logp=variance_logp,
-        variance_ratio=variance_ratio.masked_fill(infinite, torch.inf),
-        end_p=coin_p[:, 0].exp(),
-        end_q=coin_q[:, 0].exp(),
-        end_kl=nonnegative_kl(coin_p, coin_q),
-        top_p=_argmax(a),
-        top_q=_argmax(b),
-        lost=lost_mass,
+        logp=logp.to(dtype),
+        logq=logq.to(dtype),
+        kl=found.kl.to(dtype),
+        reverse_kl=found.reverse_kl.to(dtype),
+        total_variation=total_variation.to(dtype),
+        entropy_p=found.entropy_p.to(dtype),
+        entropy_q=found.entropy_q.to(dtype),
+        variance_logp=found.variance_logp.to(dtype),
+        variance_ratio=found.variance_ratio.to(dtype),
+        end_p=coin_p[:, 0].exp().to(dtype),
+        end_q=coin_q[:, 0].exp().to(dtype),
+        end_kl=nonnegative_kl(coin_p, coin_q).to(dtype),
+        top_p=sums.top_p.long(),
+        top_q=sums.top_q.long(),
+        lost=lost_mass.to(dtype),
         excluded=excluded,
     )
 
 
-def _exp(x: Float[Tensor, "m v"]) -> Float[Tensor, "m v"]:
-    """``exp(x)`` within ``|x|`` units of rounding; ``torch.exp`` takes four times as long on some CPUs."""
-    return (x * (1 / LN2)).exp2_()
+def require_same_shape(logits_p: Tensor, logits_q: Tensor) -> None:
+    """Refuse logits over different vocabularies, or none.
 
-
-def _argmax(x: Float[Tensor, "m v"], width: int = 256) -> Int[Tensor, " m"]:
-    """``x.argmax(-1)``, the first among equals; long rows by block maxima, at a fifth of the time on a CPU."""
-    if x.shape[1] < 16 * width:
-        return x.argmax(-1)
-    whole = x.shape[1] // width * width
-    blocks, tail = x[:, :whole].view(len(x), -1, width), x[:, whole:]
-    best, block = blocks.amax(-1).max(-1)
-    index: Tensor = block * width + blocks[torch.arange(len(x), device=x.device), block].argmax(-1)
-    if whole < x.shape[1]:
-        value, place = tail.max(-1)
-        index = torch.where(value > best, whole + place, index)
-    return index
-
-
-def _divergences(
-    p: Float[Tensor, "m v"], q: Float[Tensor, "m v"], d: Float[Tensor, "m v"]
-) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"], Float[Tensor, " m"]]:
-    """``Σ (q − p − p d)``, ``Σ (p − q + q d)`` and ``½ Σ |p − q|`` for ``d = log q − log p``, floored.
-
-    The summands are those of ``klkit.numerics.divergence_terms``; here both directions share one series,
-    and the sums are inner products.
+    Raises:
+        ValueError: the shapes differ, or rows are empty.
     """
-    near, far = split(d)
-    even, odd = excess_series(near)
-    odd -= far
-    gap = (q - p).abs_()
-    total_variation = 0.5 * gap.sum(-1)
-    apart = vecdot(gap, far.sign_())  # Σ (q − p) over the far tokens: there q − p has the sign of d
-    kl = vecdot(p, even + odd) + apart
-    reverse_kl = vecdot(q, even - odd) - apart
-    kl, reverse_kl = kl.clamp(min=0.0), reverse_kl.clamp(min=0.0)
-    return kl, reverse_kl, total_variation
+    if logits_p.shape != logits_q.shape or logits_p.ndim == 0 or logits_p.shape[-1] == 0:
+        raise ValueError(
+            f"expected logits of one shape, at least one entry a row, got {tuple(logits_p.shape)} and "
+            f"{tuple(logits_q.shape)}; align the vocabularies of the two models first"
+        )
 
 
-def _variance(p: Float[Tensor, "m v"], x: Float[Tensor, "m v"], mean: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
-    """``Σ p (x − mean)²``, centred first: two large second moments are never subtracted."""
-    centred = x - mean[:, None]
-    return (p * centred).mul_(centred).sum(-1)
-
-
-def _excluded(
-    a: Float[Tensor, "m v"], b: Float[Tensor, "m v"], infinite: Bool[Tensor, " m"]
-) -> tuple[Float[Tensor, " m"], Int[Tensor, " m"]]:
+def _excluded(a: Tensor, b: Tensor, sums: RowSums, found: RowValues) -> tuple[Tensor, Tensor]:
     """Mass and most probable one of the tokens that only ``q`` excludes, looked for in infinite rows only."""
-    mass = a.new_zeros(len(a))
-    token = torch.full((len(a),), -1, dtype=torch.long, device=a.device)
-    rows = infinite.nonzero()[:, 0]
+    mass = torch.zeros_like(sums.reference)
+    token = torch.full(mass.shape, -1, dtype=torch.long, device=mass.device)
+    rows = (found.kl == torch.inf).nonzero()[:, 0]
     if len(rows):
-        gone = a[rows].masked_fill(b[rows] > FLOOR / 2, -torch.inf)
-        # A mass too small for its format is still not 0: the divergence is infinite.
-        mass[rows] = gone.exp().sum(-1).clamp(min=torch.finfo(mass.dtype).tiny)
+        log_p = widen(a[rows]).double() - (sums.reference + found.log_mass_p)[rows, None]
+        gone = log_p.masked_fill(widen(b[rows]) > FLOOR / 2, -torch.inf)
+        # A mass too small for single precision is still not 0: the divergence is infinite.
+        mass[rows] = gone.exp().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
         token[rows] = gone.argmax(-1)
     return mass, token
 
 
-def _coin(a: Float[Tensor, "m v"], p: Float[Tensor, "m v"], ends: tuple[int, ...], name: str) -> Float[Tensor, "m 2"]:
-    """Log-probabilities of ending here and of going on; overwrites ``p``.
+def _coin(a: Tensor, ends: tuple[int, ...], log_norm: Float[Tensor, " m"]) -> Float[Tensor, "m 2"]:
+    """Log-probabilities of ending here and of going on.
 
-    Both are summed from their own tokens: one minus the other would have no digits left near 0.
+    Where ending is the likelier, going on is summed from its own tokens: one minus the other would have no
+    digits left near 1.
     """
     end = torch.tensor(sorted(set(ends)), dtype=torch.long, device=a.device)
-    log_end = a[:, end].logsumexp(-1).clamp(max=0.0)
-    rest = p.index_fill_(1, end, 0.0).sum(-1)
-    log_rest = rest.log()
-    rows = (rest < torch.finfo(rest.dtype).tiny).nonzero()[:, 0]
-    if len(rows):  # the sum has underflowed: collect it in log space
-        log_rest[rows] = a[rows].index_fill(1, end, FLOOR).logsumexp(-1)
-    require_mass(log_end.exp() + rest, name)
+    log_end = (a[:, end].double() - log_norm[:, None]).logsumexp(-1).clamp(max=0.0)
+    log_rest = log1mexp(log_end)
+    rows = (log_end > -0.7).nonzero()[:, 0]
+    if len(rows):
+        others = widen(a[rows]).double().index_fill_(1, end, -torch.inf)
+        log_rest[rows] = (others - log_norm[rows, None]).logsumexp(-1).clamp(max=0.0)
     return torch.stack([log_end, log_rest], -1)
 
 

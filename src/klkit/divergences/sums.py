@@ -34,7 +34,7 @@ class RowSums(NamedTuple):
         top_p: the token with the largest logit of ``p``, the first of equals.
         top_q: the same for ``q``.
         reference: ``A``, the largest logit of ``p``.
-        paired: ``R``, the logit of ``q`` at ``top_p``.
+        paired: ``R``, the logit of ``q`` at ``top_p``; the largest one if that is excluded.
         greatest: ``B``, the largest logit of ``q``.
         mass_p: ``Σ exp(x)``.
         mass_q: ``Σ exp(b − B)``.
@@ -115,11 +115,11 @@ def values(sums: RowSums) -> RowValues:
     # The constant of the row: from E_p exp(d) = exp(c) where that is accurate, else from the normalisers.
     y, z = excess_p + drift_p, excess_q - drift_q
     plain = (sums.greatest - sums.paired) + log_mass_q - log_mass_p
-    joint = (y > -0.5) & (sums.greatest - sums.paired < FARTHEST)
-    shift = torch.where(joint, y.clamp(min=-0.5).log1p(), plain)
-    kl = torch.where(y.abs() < 0.5, excess_p + _log1p_less(y), shift - drift_p)
-    reverse_kl = torch.where(z.abs() < 0.5, excess_q + _log1p_less(z), drift_q - shift)
     infinite, reverse_infinite = sums.least < FLOOR / 2, sums.most > -FLOOR / 2
+    joint = (y > -0.5) & ~infinite & (sums.greatest - sums.paired < FARTHEST)
+    shift = torch.where(joint, y.clamp(min=-0.5).log1p(), plain)
+    kl = torch.where(joint & (y < 0.5), excess_p + _log1p_less(y), shift - drift_p)
+    reverse_kl = torch.where(z.abs() < 0.5, excess_q + _log1p_less(z), drift_q - shift)
     level = sums.level_p / sums.mass_p
     return RowValues(
         log_mass_p=log_mass_p,
@@ -149,8 +149,8 @@ def require_finite(sums: RowSums) -> None:
     Raises:
         ValueError: a logit is NaN or ``+inf``, or a row excludes every token.
     """
-    for name, top, total in (("p", sums.reference, sums.mass_p), ("q", sums.greatest, sums.mass_q)):
-        wrong = ~(total.isfinite() & (top > FLOOR / 2))
+    for name, top, level in (("p", sums.reference, sums.level_p), ("q", sums.greatest, sums.level_q)):
+        wrong = ~(level.isfinite() & (top > FLOOR / 2))
         if bool(wrong.any()):
             raise ValueError(
                 f"expected logits that are finite or -inf, with one finite entry in each row; row "
@@ -196,3 +196,8 @@ class Slopes(NamedTuple):
     gap_q: Tensor
     mixed_q: Tensor
     drawn_q: Tensor
+
+
+def norms_of(sums: RowSums, found: RowValues) -> Float[Tensor, "m 4"]:
+    """:class:`Norms` of the rows, as a table."""
+    return torch.stack(Norms(sums.reference, sums.paired, found.log_mass_p, found.shift), 1)

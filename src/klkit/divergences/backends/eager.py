@@ -1,4 +1,4 @@
-"""Row sums in plain PyTorch: always there, on any device, in any precision.
+"""Kernels in plain PyTorch: always there, on any device, in any precision.
 
 Rows go through in chunks that stay in a core's cache, in buffers that every chunk uses again; nothing
 of the logits' size is allocated.
@@ -6,8 +6,10 @@ of the logits' size is allocated.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.linalg import vecdot
 
@@ -25,29 +27,75 @@ ACCELERATOR_BYTES = 256 << 20
 
 @torch.no_grad()
 def row_sums(a: Float[Tensor, "m v"], b: Float[Tensor, "m v"]) -> Float[Tensor, "m _"]:
-    """The table of :class:`klkit.divergences.sums.RowSums` of rows of logits, in double precision."""
-    dtype = torch.promote_types(widen(a).dtype, widen(b).dtype)
+    """The table of :class:`klkit.divergences.sums.RowSums`, in double precision."""
     table = torch.empty(len(a), COLUMNS, dtype=torch.float64, device=a.device)
-    width = -(-a.shape[1] // BLOCK) * BLOCK if a.shape[1] > BLOCK else a.shape[1]
-    budget = CHUNK_BYTES if a.device.type == "cpu" else ACCELERATOR_BYTES
-    rows = min(max(1, len(a)), rows_per_chunk(width, bytes_per_value=dtype.itemsize, budget=budget))
-    # Entries past the vocabulary's end are tokens that both exclude: they contribute nothing.
-    x, y = (torch.full((rows, width), FLOOR, dtype=dtype, device=a.device) for _ in range(2))
-    for start in range(0, len(a), rows):
-        count = min(rows, len(a) - start)
-        _chunk(a[start : start + count], b[start : start + count], x[:count], y[:count], table[start : start + count])
+    for rows, x, y in _chunks(a, b):
+        _sums(x, y, table[rows])
     return table
 
 
-def _chunk(a: Tensor, b: Tensor, x: Tensor, y: Tensor, out: Tensor) -> None:
-    """Fill ``out`` from one chunk; ``x`` and ``y`` are overwritten."""
+@torch.no_grad()
+def second_sweep(
+    a: Float[Tensor, "m v"], b: Float[Tensor, "m v"], norms: Float[Tensor, "m 4"], *, overwrite: bool = False
+) -> Float[Tensor, "m 3"]:
+    """Jensen-Shannon divergence, ``KL(p‖½p + ½q)`` and total variation of rows whose norms are known."""
+    table = torch.empty(len(a), 3, dtype=torch.float64, device=a.device)
+    for rows, x, y in _chunks(a, b):
+        _, p, q, d = _laws(x, y, norms[rows])
+        table[rows, 0] = 0.5 * _dot(p + q, _psi(d))
+        table[rows, 1] = _dot(p, _log_over_mixture(d))
+        table[rows, 2] = 0.5 * _sum(_gap(p, q, d).abs_())
+        if overwrite:
+            a[rows] = p[:, : a.shape[1]].to(a.dtype)
+    return table
+
+
+@torch.no_grad()
+def gradients(
+    a: Float[Tensor, "m v"],
+    b: Float[Tensor, "m v"],
+    tokens: Int[Tensor, " m"],
+    norms: Float[Tensor, "m 4"],
+    slopes: Float[Tensor, "m 12"],
+    out_a: Float[Tensor, "m v"] | None,
+    out_b: Float[Tensor, "m v"] | None,
+) -> None:
+    """Write the gradients that :class:`klkit.divergences.sums.Slopes` spells out."""
+    for rows, x, y in _chunks(a, b):
+        k = slopes[rows]
+        log_p, p, q, d = _laws(x, y, norms[rows])
+        if out_a is not None:
+            out_a[rows] = _slope(log_p, p, q, d, k[:, :6], tokens[rows])[:, : a.shape[1]].to(out_a.dtype)
+        if out_b is not None:
+            turned = k[:, 6:] * torch.tensor([1, 1, -1, -1, 1, 1], dtype=k.dtype, device=k.device)
+            out_b[rows] = _slope(log_p + d, q, p, -d, turned, tokens[rows])[:, : b.shape[1]].to(out_b.dtype)
+
+
+def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows a few at a time, widened and floored, in two buffers that every chunk uses again."""
+    dtype = torch.promote_types(widen(a).dtype, widen(b).dtype)
     size = a.shape[1]
-    x[:, :size].copy_(a)
-    y[:, :size].copy_(b)
-    x.clamp_(min=FLOOR)
-    y.clamp_(min=FLOOR)
+    width = -(-size // BLOCK) * BLOCK if size > BLOCK else size
+    budget = CHUNK_BYTES if a.device.type == "cpu" else ACCELERATOR_BYTES
+    count = min(max(1, len(a)), rows_per_chunk(width, bytes_per_value=dtype.itemsize, budget=budget))
+    # Entries past the vocabulary's end are tokens that both exclude: they contribute nothing.
+    x, y = (torch.full((count, width), FLOOR, dtype=dtype, device=a.device) for _ in range(2))
+    for start in range(0, len(a), count):
+        rows = slice(start, min(start + count, len(a)))
+        few = rows.stop - start
+        x[:few, :size].copy_(a[rows])
+        y[:few, :size].copy_(b[rows])
+        x.clamp_(min=FLOOR)
+        y.clamp_(min=FLOOR)
+        x[:few, size:] = y[:few, size:] = FLOOR
+        yield rows, x[:few], y[:few]
+
+
+def _sums(x: Tensor, y: Tensor, out: Tensor) -> None:
+    """Fill ``out`` from one chunk; ``x`` and ``y`` are overwritten."""
     (reference, top_p), (greatest, top_q) = _max(x), _max(y)
     paired = y.gather(1, top_p[:, None])
+    paired = torch.where(paired > FLOOR / 2, paired, greatest)
     x -= reference
     d = (y - paired).sub_(x)
     y -= greatest
@@ -91,6 +139,63 @@ def _chunk(a: Tensor, b: Tensor, x: Tensor, y: Tensor, out: Tensor) -> None:
     )
 
 
+def _laws(x: Tensor, y: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``log p``, ``p``, ``q`` and ``d = log q − log p``; ``x`` and ``y`` are overwritten."""
+    reference, paired, norm, shift = norms.unbind(1)
+    norm_p, norm_q = norm.to(x.dtype), (norm + shift).to(x.dtype)
+    # What rounding takes from a normaliser comes back as a factor.
+    scale_p, scale_q = (norm_p.double() - norm).exp().to(x.dtype), (norm_q.double() - norm - shift).exp().to(x.dtype)
+    x -= reference.to(x.dtype)[:, None]
+    y -= paired.to(x.dtype)[:, None]
+    d = (y - x).sub_(shift.to(x.dtype)[:, None])
+    log_p, log_q = x.sub_(norm_p[:, None]), y.sub_(norm_q[:, None])
+    return log_p, _exp(log_p).mul_(scale_p[:, None]), _exp(log_q).mul_(scale_q[:, None]), d
+
+
+def _gap(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
+    """``q − p``, by a series in ``d = log q − log p`` where the difference would cancel."""
+    near, far = split(d)
+    even, odd = excess_series(near)
+    return (even + odd).add_(near).mul_(p).add_((q - p).mul_(far.sign().abs_()))
+
+
+def _log_over_mixture(d: Tensor) -> Tensor:
+    """``log(p/m) = log 2 − log(1 + exp(d))`` with ``m`` the even mixture, by a series where it is small."""
+    near, far = _split_mixed(d)
+    s = (0.5 * near).square_()
+    log_cosh = s * (1 / 2 - s * (1 / 12 - s * (1 / 45 - s * (17 / 2520 - s * (31 / 14175)))))
+    beyond = LN2 - torch.nn.functional.softplus(far)
+    return (-0.5 * near).sub_(log_cosh).add_(beyond.mul_(far.sign().abs_()))
+
+
+def _psi(d: Tensor) -> Tensor:
+    """``t tanh t − log cosh t`` at ``t = d/2``: the Jensen-Shannon divergence is ``½ Σ (p + q)`` of it."""
+    near, far = _split_mixed(d)
+    s = (0.5 * near).square_()
+    series = s * (1 / 2 - s * (1 / 4 - s * (1 / 9 - s * (17 / 360 - s * (62 / 3150)))))
+    size = far.abs()
+    t = torch.exp(-size)
+    beyond = LN2 - size * t / (1 + t) - t.log1p()
+    return series.add_(beyond.mul_(far.sign().abs_()))
+
+
+def _split_mixed(d: Tensor) -> tuple[Tensor, Tensor]:
+    """``d`` as a near and a far part, cut where the series of this module end; narrower in double precision."""
+    far = torch.nn.functional.hardshrink(d, 0.5 if d.dtype == torch.float32 else 0.02)
+    return d - far, far
+
+
+def _slope(log_p: Tensor, p: Tensor, q: Tensor, d: Tensor, k: Tensor, tokens: Tensor) -> Tensor:
+    """``p (k0 + k1 log p + k2 d) + k3 (q − p) + k4 p log(p/m) + k5 1[y]``."""
+    k0, k1, k2, k3, k4, k5 = k.to(p.dtype)[:, :, None].unbind(1)
+    value = p * (k0 + k1 * log_p + k2 * d)
+    if bool(k3.any()):
+        value += k3 * _gap(p, q, d)
+    if bool(k4.any()):
+        value += k4 * p * _log_over_mixture(d)
+    return value.scatter_add_(1, tokens[:, None], k5)
+
+
 def _exp(x: Tensor) -> Tensor:
     """``exp(x)`` within ``|x|`` units of rounding; ``torch.exp`` takes four times as long on some CPUs."""
     return (x * (1 / LN2)).exp2_()
@@ -101,7 +206,7 @@ def _max(x: Float[Tensor, "m v"]) -> tuple[Float[Tensor, "m 1"], Tensor]:
     if x.shape[1] <= BLOCK:
         best, place = x.max(dim=1)
         return best[:, None], place
-    blocks = x.unflatten(1, (-1, BLOCK))
+    blocks = x.view(len(x), -1, BLOCK)
     best, block = blocks.amax(-1).max(-1)
     place = block * BLOCK + blocks[torch.arange(len(x), device=x.device), block].argmax(-1)
     return best[:, None], place
@@ -109,11 +214,13 @@ def _max(x: Float[Tensor, "m v"]) -> tuple[Float[Tensor, "m 1"], Tensor]:
 
 def _sum(x: Tensor) -> Tensor:
     """Sums over rows: blocks in the working precision, blocks added up in double."""
-    return x.sum(-1).double() if x.shape[1] <= BLOCK else x.unflatten(1, (-1, BLOCK)).sum(-1).double().sum(-1)
+    return x.sum(-1).double() if x.shape[1] <= BLOCK else x.view(len(x), -1, BLOCK).sum(-1).double().sum(-1)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     """Inner products of rows, added up likewise."""
     if x.shape[1] <= BLOCK:
-        return vecdot(x, y).double()
-    return vecdot(x.unflatten(1, (-1, BLOCK)), y.unflatten(1, (-1, BLOCK))).double().sum(-1)
+        dots: Tensor = vecdot(x, y)
+        return dots.double()
+    blocks: Tensor = vecdot(x.view(len(x), -1, BLOCK), y.view(len(y), -1, BLOCK))
+    return blocks.double().sum(-1)

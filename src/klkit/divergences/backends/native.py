@@ -1,164 +1,53 @@
-"""Row sums by kernels compiled for this CPU with numba: one visit to each row, block by block.
-
-Each block of a row is scanned for its largest entries and then summed while it is in the first-level
-cache, so main memory is read once; rows run on all threads. Where a block raises the largest logit of
-``p``, the sums so far are carried over to the new references in double precision.
-"""
+"""Kernels compiled with numba, called on tensors: single and half precision on the CPU."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import numba
-import numpy as np
 import torch
-from jaxtyping import Float
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.extending import intrinsic
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
-from klkit.divergences.sums import COLUMNS, FARTHEST
-from klkit.numerics import FLOOR, NEAR
-
-BLOCK = 2048
-_F32 = ir.FloatType()
-_I32 = ir.IntType(32)
-_f = np.float32
-ZERO, ONE, HALF = _f(0), _f(1), _f(0.5)
-LOWEST = _f(FLOOR)
-ABSENT = _f(FLOOR / 2)
-FAR = _f(NEAR)
-
-# exp(r) on |r| <= ln(2)/2, and ln(2) in two parts of which the first has few bits.
-LOG2E, LN2_HIGH, LN2_LOW = _f(1.4426950408889634), _f(-0.693145751953125), _f(-1.428606765330187e-06)
-C2, C3, C4, C5, C6 = (_f(c) for c in (0.49999994, 0.16666521, 0.041668389, 0.00836871, 0.0013814614))
-UNDERFLOW = _f(-88.0)
-# exp(t) - 1 - t = t^2 (E0 + E1 t^2 + ...) + t^3 (O0 + O1 t^2 + ...)
-E0, E1, E2 = _f(1 / 2), _f(1 / 24), _f(1 / 720)
-O0, O1, O2 = _f(1 / 6), _f(1 / 120), _f(1 / 5040)
-
-
-def _call(name: str, arguments: int) -> Any:
-    """An operation of LLVM's on single-precision numbers, which no fast-math flag rewrites."""
-    kinds = [_F32] * arguments
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        function = builder.module.declare_intrinsic(name, [_F32], ir.FunctionType(_F32, kinds))
-        return builder.call(function, values)
-
-    @intrinsic
-    def one(typing: Any, x: Any) -> Any:
-        return types.float32(types.float32), generate
-
-    @intrinsic
-    def three(typing: Any, x: Any, y: Any, z: Any) -> Any:
-        return types.float32(types.float32, types.float32, types.float32), generate
-
-    return one if arguments == 1 else three
-
-
-_round = _call("llvm.rint", 1)
-_fma = _call("llvm.fma", 3)
-_abs = _call("llvm.fabs", 1)
-
-
-@intrinsic
-def _power_of_two(typing: Any, n: Any) -> Any:
-    """``2**n`` of a whole number from -127 (which gives 0) to 127."""
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        bits = builder.shl(builder.add(builder.fptosi(values[0], _I32), _I32(127)), _I32(23))
-        return builder.bitcast(bits, _F32)
-
-    return types.float32(types.float32), generate
-
-
-FLAGS = {"reassoc", "contract", "nsz"}
-
-
-@njit(inline="always", fastmath=FLAGS)
-def _exp(x):
-    """``exp(x)`` for ``x <= 0``, exactly 0 from -88 on."""
-    x = x if x > UNDERFLOW else UNDERFLOW
-    n = _round(x * LOG2E)
-    r = _fma(n, LN2_LOW, _fma(n, LN2_HIGH, x))
-    s = _fma(_fma(_fma(_fma(C6, r, C5), r, C4), r, C3), r, C2)
-    return _fma(_fma(s, r, ONE), r, ONE) * _power_of_two(n)
-
-
-@njit(fastmath=FLAGS | {"nnan"})
-def _extremes(a, b):
-    top_a, top_b, low_a, low_b = a[0], b[0], a[0], b[0]
-    for i in range(a.shape[0]):
-        top_a = a[i] if a[i] > top_a else top_a
-        top_b = b[i] if b[i] > top_b else top_b
-        low_a = a[i] if a[i] < low_a else low_a
-        low_b = b[i] if b[i] < low_b else low_b
-    return top_a, top_b, low_a, low_b
-
-
-@njit(fastmath=FLAGS)
-def _sums(a, b, top_a, paired, top_b, kappa, one):
-    # `one` is 1, but the compiler does not know: written so, no difference is taken apart and put together otherwise.
-    inverse = ONE / kappa
-    sa, sb, t, u, va, vb, fa, fb, qa, qd = ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO
-    for i in range(a.shape[0]):
-        x = _fma(a[i], one, -top_a)
-        y = _fma(b[i], one, -top_b)
-        d = _fma(-x, one, _fma(b[i], one, -paired))
-        ea = _exp(x)
-        eb = _exp(y)
-        square = d * d
-        even = square * _fma(_fma(E2, square, E1), square, E0)
-        odd = square * d * _fma(_fma(O2, square, O1), square, O0)
-        gap = _fma(eb, kappa, -ea)
-        near = _abs(d) < FAR
-        ead = ea * d
-        ebd = eb * d
-        eax = ea * x
-        sa += ea
-        sb += eb
-        t += ead
-        u += ebd
-        va += eax
-        vb += eb * y
-        fa += ea * (even + odd) if near else gap - ead
-        fb += eb * (even - odd) if near else ebd - gap * inverse
-        qa += eax * x
-        qd += ead * d
-    return sa, sb, t, u, va, vb, fa, fb, qa, qd
-
-
-@njit
-def _find(a, value):
-    for i in range(a.shape[0]):
-        if a[i] == value:
-            return i
-    return 0
-
-
-@njit(parallel=True, nogil=True)
-def _rows(a_all, b_all, one, out):
-    for r in prange(a_all.shape[0]):
-        a, b, o = a_all[r], b_all[r], out[r]
-        top_a, top_b, low_a, low_b = _extremes(a, b)
-        token_a, token_b = _find(a, top_a), _find(b, top_b)
-        paired = b[token_a]
-        kappa = np.float32(math.exp(min(np.float64(top_b) - np.float64(paired), FARTHEST)))
-        o[0], o[1], o[2], o[3], o[4] = token_a, token_b, top_a, paired, top_b
-        for k in range(5, 17):
-            o[k] = 0.0
-        for start in range(0, a.shape[0], BLOCK):
-            stop = min(start + BLOCK, a.shape[0])
-            sums = _sums(a[start:stop], b[start:stop], top_a, paired, top_b, kappa, one)
-            for k in range(10):
-                o[5 + k] += sums[k]
+from klkit.divergences.backends import kernels
+from klkit.divergences.sums import COLUMNS
 
 
 def row_sums(a: Float[Tensor, "m v"], b: Float[Tensor, "m v"]) -> Float[Tensor, "m _"]:
-    """The table of :class:`klkit.divergences.sums.RowSums` of rows of logits on the CPU, in double precision."""
+    """The table of :class:`klkit.divergences.sums.RowSums`, in double precision."""
     table = torch.empty(len(a), COLUMNS, dtype=torch.float64)
-    _rows(a.numpy(), b.numpy(), ONE, table.numpy())
+    kernels.row_sums(_array(a), _array(b), kernels.ONE, table.numpy())
     return table
+
+
+def second_sweep(
+    a: Float[Tensor, "m v"], b: Float[Tensor, "m v"], norms: Float[Tensor, "m 4"], *, overwrite: bool = False
+) -> Float[Tensor, "m 3"]:
+    """Jensen-Shannon divergence, ``KL(p‖½p + ½q)`` and total variation of rows whose norms are known."""
+    table = torch.empty(len(a), 3, dtype=torch.float64)
+    kernels.second_sweep(_array(a), _array(b), norms.numpy(), kernels.ONE, overwrite, table.numpy())
+    return table
+
+
+def gradients(
+    a: Float[Tensor, "m v"],
+    b: Float[Tensor, "m v"],
+    tokens: Int[Tensor, " m"],
+    norms: Float[Tensor, "m 4"],
+    slopes: Float[Tensor, "m 12"],
+    out_a: Float[Tensor, "m v"] | None,
+    out_b: Float[Tensor, "m v"] | None,
+) -> None:
+    """Write the gradients that :class:`klkit.divergences.sums.Slopes` spells out."""
+    if out_a is None and out_b is None:
+        return
+    a_, b_ = _array(a), _array(b)
+    into_a, into_b = (fallback if out is None else _array(out) for out, fallback in ((out_a, a_), (out_b, b_)))
+    want = (out_a is not None, out_b is not None)
+    kernels.gradients(a_, b_, tokens.numpy(), norms.numpy(), slopes.numpy(), kernels.ONE, *want, into_a, into_b)
+
+
+def _array(x: Tensor) -> NDArray[Any]:
+    """The memory of a tensor on the CPU, half formats as whole numbers of their size."""
+    kinds = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+    return x.detach().view(kinds[x.dtype]).numpy() if x.dtype in kinds else x.detach().numpy()

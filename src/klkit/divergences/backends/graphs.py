@@ -1,0 +1,242 @@
+"""What ``torch.compile`` makes kernels of: the same sums and gradients, written so that memory is read once.
+
+A row is cut into blocks that stay in registers or the first-level cache, each summed relative to references
+of its own, so no sweep over the row has to come first. Moving from the references of a block to those of the
+row is exact algebra, done in double precision. It costs no digits because the references of a block are the
+largest logit of ``p`` and, for ``q``, what makes ``d`` average to about 0 over the block's likely tokens: then
+every term of the moved sums is non-negative.
+
+Plain functions of tensors, which also run uncompiled. Type checks at run time would break the graphs.
+"""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import torch
+from torch import Tensor
+
+from klkit.divergences.sums import RowSums
+from klkit.numerics import FLOOR, LN2, NEAR, excess_series
+
+BLOCK = 1024
+"""Entries that are summed in single precision: the most that Inductor keeps in registers on a GPU."""
+
+WIDEST = 30.0
+"""Bound on how far the reference of ``q`` in a block may be from its largest logit there."""
+
+HIGHEST = 100.0
+"""Where exponents of sums are cut that only rows far beyond the joint form can reach."""
+
+
+@no_type_check
+def row_sums(a: Tensor, b: Tensor) -> Tensor:
+    """The table of :class:`klkit.divergences.sums.RowSums`; at least one block a row."""
+    parts = [block_sums(x, y) for x, y in zip(cut(a), cut(b), strict=True)]
+    top_p, reference = top(a, [part[0] for part in parts])
+    top_q, greatest = top(b, [part[1] for part in parts])
+    paired = floored(b.gather(1, top_p))
+    paired = torch.where(paired > FLOOR / 2, paired, greatest).double()
+    reference, greatest = reference.double(), greatest.double()
+    moved = [move([z.double() for z in part], reference, paired, greatest) for part in parts]
+    sums = [sum(column) for column in zip(*(part[:-2] for part in moved), strict=True)]
+    least = torch.stack([part[-2] for part in moved]).amin(0)
+    most = torch.stack([part[-1] for part in moved]).amax(0)
+    places = [z[:, 0].double() for z in (top_p, top_q, reference, paired, greatest)]
+    return torch.stack(RowSums(*places, *sums, least, most), 1)
+
+
+@no_type_check
+def floored(x: Tensor) -> Tensor:
+    return x.float().clamp(min=FLOOR)
+
+
+@no_type_check
+def exp(x: Tensor) -> Tensor:
+    """``exp(x)`` within ``|x|`` units of rounding, by the instruction that a GPU has."""
+    return (x * (1 / LN2)).exp2()
+
+
+@no_type_check
+def cut(x: Tensor) -> list[Tensor]:
+    """A row's whole blocks ``(m, n, BLOCK)``, and what is left over as one short block ``(m, 1, _)``."""
+    whole = x.shape[1] // BLOCK * BLOCK
+    parts = [x[:, :whole].unflatten(1, (-1, BLOCK))]
+    return parts if whole == x.shape[1] else [*parts, x[:, None, whole:]]
+
+
+@no_type_check
+def block_sums(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    """Largest logits, the reference of ``q``, and the sums of each block ``(m, n, _)`` in its own references."""
+    a, b = floored(a), floored(b)
+    top_a, top_b = a.amax(-1), b.amax(-1)
+    x = a - top_a[..., None]
+    # An average of d over the likely tokens: (1 + x/8)^8 stands in for exp(x).
+    weight = (x * 0.125 + 1).clamp(min=0)
+    weight = weight * weight
+    weight = weight * weight
+    weight = weight * weight
+    centre = (weight * ((b - top_b[..., None]) - x)).sum(-1) / weight.sum(-1)
+    origin = top_b + centre.clamp(-WIDEST, WIDEST)
+    y = b - origin[..., None]
+    d = y - x
+    ea, eb = exp(x), exp(y)
+    square = d * d
+    even = square * ((square * (1 / 720) + 1 / 24) * square + 1 / 2)
+    odd = square * d * ((square * (1 / 5040) + 1 / 120) * square + 1 / 6)
+    near = d.abs() < NEAR
+    gap, ead, ebd, eax = eb - ea, ea * d, eb * d, ea * x
+    sums = (
+        ea,
+        eb,
+        ead,
+        ebd,
+        eax,
+        eb * y,
+        torch.where(near, ea * (even + odd), gap - ead),
+        torch.where(near, eb * (even - odd), ebd - gap),
+        eax * x,
+        ead * d,
+    )
+    return top_a, top_b, origin, *(z.sum(-1) for z in sums), d.amin(-1), d.amax(-1)
+
+
+@no_type_check
+def top(x: Tensor, best: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Place and value of each row's largest entry, the first among equals, ``(m, 1)``; ``best`` of each block."""
+    value, block = best[0].max(1, keepdim=True)
+    columns = block * BLOCK + torch.arange(BLOCK, device=x.device)
+    place = block * BLOCK + x.gather(1, columns).argmax(1, keepdim=True)
+    if len(best) > 1:
+        whole = x.shape[1] // BLOCK * BLOCK
+        last = whole + x[:, whole:].argmax(1, keepdim=True)
+        place = torch.where(best[1] > value, last, place)
+        value = torch.maximum(value, best[1])
+    return place, value
+
+
+@no_type_check
+def move(part: list[Tensor], reference: Tensor, paired: Tensor, greatest: Tensor) -> list[Tensor]:
+    """Sums of blocks carried over to the references of their rows, and added up; all in double precision."""
+    top_a, _, origin, sa, sb, t, u, va, vb, fa, fb, qa, qd, least, most = part
+    down_p, down_q, up = top_a - reference, origin - greatest, origin - paired
+    wa, wb = down_p.exp(), down_q.exp()
+    shift = up - down_p  # d of the row is d of the block and this
+    near = shift.abs() < NEAR
+    even, odd = excess_series(torch.where(near, shift, 0.0))
+    # wa (exp(shift) - 1) and wb (exp(-shift) - 1); then the same without their linear parts
+    rise = torch.where(near, wa * (shift + even + odd), up.clamp(max=HIGHEST).exp() - wa)
+    fall = torch.where(near, wb * (even - odd - shift), (down_q - shift).clamp(max=HIGHEST).exp() - wb)
+    bend = torch.where(near, wa * (even + odd), rise - wa * shift)
+    sag = torch.where(near, wb * (even - odd), fall + wb * shift)
+    columns = (
+        wa * sa,
+        wb * sb,
+        wa * (t + sa * shift),
+        wb * (u + sb * shift),
+        wa * (va + sa * down_p),
+        wb * (vb + sb * down_q),
+        (rise + wa) * fa + sa * bend + t * rise,
+        (fall + wb) * fb + sb * sag - u * fall,
+        wa * (qa + down_p * (2 * va + down_p * sa)),
+        wa * (qd + shift * (2 * t + shift * sa)),
+    )
+    return [*(z.sum(1) for z in columns), (least + shift).amin(1), (most + shift).amax(1)]
+
+
+@no_type_check
+def laws(a: Tensor, b: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``log p``, ``p``, ``q`` and ``d = log q − log p`` of entries ``(m, ...)``, in single precision."""
+    reference, paired, norm, shift = (z.view(-1, *[1] * (a.ndim - 1)) for z in norms.unbind(1))
+    norm_p, norm_q = norm.float(), (norm + shift).float()
+    # What rounding takes from a normaliser comes back as a factor.
+    scale_p, scale_q = (norm_p.double() - norm).exp().float(), (norm_q.double() - norm - shift).exp().float()
+    x, y = floored(a) - reference.float(), floored(b) - paired.float()
+    d = (y - x) - shift.float()
+    log_p, log_q = x - norm_p, y - norm_q
+    return log_p, exp(log_p) * scale_p, exp(log_q) * scale_q, d
+
+
+@no_type_check
+def difference(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
+    """``q − p``, by a series in ``d = log q − log p`` where the difference would cancel."""
+    s = d * d
+    growth = ((s * (1 / 5040) + 1 / 120) * s + 1 / 6) * s * d + ((s * (1 / 720) + 1 / 24) * s + 1 / 2) * s + d
+    return torch.where(d.abs() < NEAR, p * growth, q - p)
+
+
+@no_type_check
+def mixed(d: Tensor) -> tuple[Tensor, Tensor]:
+    """``log(p/m)`` with ``m`` the even mixture, and ``t tanh t − log cosh t`` at ``t = d/2``; see ``eager``."""
+    s = 0.25 * d * d
+    log_cosh = s * (1 / 2 - s * (1 / 12 - s * (1 / 45 - s * (17 / 2520 - s * (31 / 14175)))))
+    series = s * (1 / 2 - s * (1 / 4 - s * (1 / 9 - s * (17 / 360 - s * (62 / 3150)))))
+    size = d.abs()
+    t = exp(-size)
+    rest = LN2 - t.log1p()
+    near = size < 0.5
+    return (
+        torch.where(near, -0.5 * d - log_cosh, rest - d.clamp(min=0)),
+        torch.where(near, series, rest - size * t / (1 + t)),
+    )
+
+
+@no_type_check
+def second_sweep(a: Tensor, b: Tensor, norms: Tensor) -> Tensor:
+    """Jensen-Shannon divergence, ``KL(p‖½p + ½q)`` and total variation of each row."""
+    found = 0
+    for x, y in zip(cut(a), cut(b), strict=True):
+        _, p, q, d = laws(x, y, norms)
+        over, psi = mixed(d)
+        terms = 0.5 * (p + q) * psi, p * over, 0.5 * difference(p, q, d).abs()
+        found = found + torch.stack([z.sum(-1).double().sum(1) for z in terms], 1)
+    return found
+
+
+@no_type_check
+def probabilities(a: Tensor, norms: Tensor) -> None:
+    """Leave ``p`` in the place of its logits."""
+    a.copy_(laws(a, a, norms)[1])
+
+
+@no_type_check
+def slopes_p(a: Tensor, b: Tensor, norms: Tensor, k: Tensor, mixes: bool) -> Tensor:
+    """Gradient in the logits of ``p``, but for the drawn token; ``k`` are coefficients ``(m, 6)``."""
+    return slope(*laws(a, b, norms), k, mixes)
+
+
+@no_type_check
+def slopes_q(a: Tensor, b: Tensor, norms: Tensor, k: Tensor, mixes: bool) -> Tensor:
+    """The same in the logits of ``q``: exchanging the laws turns the sign of ``d`` and of ``q − p``."""
+    log_p, p, q, d = laws(a, b, norms)
+    return slope(log_p + d, q, p, -d, k * torch.tensor([1, 1, -1, -1, 1, 1], device=k.device), mixes)
+
+
+@no_type_check
+def slope(log_p: Tensor, p: Tensor, q: Tensor, d: Tensor, k: Tensor, mixes: bool) -> Tensor:
+    """``p (k0 + k1 log p + k2 d) + k3 (q − p) + k4 p log(p/m)``."""
+    k0, k1, k2, k3, k4, _ = k.float()[:, :, None].unbind(1)
+    # One-sided exclusion: 0 times a large number, never 0 times infinity.
+    inner = k0 + k1 * log_p + k2 * d
+    if mixes:
+        inner = inner + k4 * mixed(d)[0]
+    return p * inner + k3 * difference(p, q, d)
+
+
+@no_type_check
+def write_p(a: Tensor, b: Tensor, norms: Tensor, k: Tensor, mixes: bool, out: Tensor) -> None:
+    out.copy_(slopes_p(a, b, norms, k, mixes))
+
+
+@no_type_check
+def write_q(a: Tensor, b: Tensor, norms: Tensor, k: Tensor, mixes: bool, out: Tensor) -> None:
+    out.copy_(slopes_q(a, b, norms, k, mixes))
+
+
+@no_type_check
+def write_both(
+    a: Tensor, b: Tensor, norms: Tensor, k_p: Tensor, k_q: Tensor, mixes: bool, out_a: Tensor, out_b: Tensor
+) -> None:
+    in_a, in_b = slopes_p(a, b, norms, k_p, mixes), slopes_q(a, b, norms, k_q, mixes)
+    out_a.copy_(in_a)
+    out_b.copy_(in_b)

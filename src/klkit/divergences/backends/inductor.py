@@ -1,0 +1,117 @@
+"""Kernels from ``torch.compile``, called on tensors: C++ on a CPU, Triton on a GPU, from one source.
+
+Compiling takes ten seconds and more for each of the functions and each combination of formats, and a call costs
+a tenth of a millisecond, so whole tensors are handed over and never a single row: that, double precision and
+vocabularies of less than two blocks go through :mod:`klkit.divergences.backends.eager`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from klkit.divergences.backends import eager, graphs
+
+# Values that many sums use are computed where they are used; by default they would be written to memory first.
+OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
+    "realize_reads_threshold": 1000,
+    "realize_acc_reads_threshold": 1000,
+    "realize_opcount_threshold": 10000,
+}
+
+LIMIT = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+
+
+def available(device: torch.device | str = "cpu") -> bool:
+    """Whether ``torch.compile`` finds what it needs: a C++ compiler and Python's headers, or Triton for a GPU."""
+    if torch.device(device).type != "cpu":
+        return find_spec("triton") is not None
+    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["cl"] if sys.platform == "win32" else ["g++", "clang++"]
+    return any(map(shutil.which, compilers)) and (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
+
+
+@torch.no_grad()
+def row_sums(a: Float[Tensor, "m v"], b: Float[Tensor, "m v"]) -> Float[Tensor, "m _"]:
+    """The table of :class:`klkit.divergences.sums.RowSums`, in double precision."""
+    if not _suits(a, b):
+        return eager.row_sums(a, b)
+    table: Tensor = _compiled(graphs.row_sums, a.device.type)(a.detach(), b.detach())
+    return table
+
+
+@torch.no_grad()
+def second_sweep(
+    a: Float[Tensor, "m v"], b: Float[Tensor, "m v"], norms: Float[Tensor, "m 4"], *, overwrite: bool = False
+) -> Float[Tensor, "m 3"]:
+    """Jensen-Shannon divergence, ``KL(p‖½p + ½q)`` and total variation of rows whose norms are known."""
+    if not _suits(a, b):
+        return eager.second_sweep(a, b, norms, overwrite=overwrite)
+    table: Tensor = _compiled(graphs.second_sweep, a.device.type)(a.detach(), b.detach(), norms)
+    if overwrite:
+        _compiled(graphs.probabilities, a.device.type)(a.detach(), norms)
+    return table
+
+
+@torch.no_grad()
+def gradients(
+    a: Float[Tensor, "m v"],
+    b: Float[Tensor, "m v"],
+    tokens: Int[Tensor, " m"],
+    norms: Float[Tensor, "m 4"],
+    slopes: Float[Tensor, "m 12"],
+    out_a: Float[Tensor, "m v"] | None,
+    out_b: Float[Tensor, "m v"] | None,
+) -> None:
+    """Write the gradients that :class:`klkit.divergences.sums.Slopes` spells out."""
+    if not _suits(a, b):
+        return eager.gradients(a, b, tokens, norms, slopes, out_a, out_b)
+    a, b, drawn = a.detach(), b.detach(), tokens[:, None]
+    k_p, k_q = slopes[:, :6].contiguous(), slopes[:, 6:].contiguous()
+    mixes = bool(slopes[:, [4, 10]].any())
+    # The entries of the drawn tokens apart: a comparison in every entry would cost more.
+    few = a.gather(1, drawn), b.gather(1, drawn), norms
+    at_p = graphs.slopes_p(*few, k_p, mixes) + k_p[:, 5:].float()
+    at_q = graphs.slopes_q(*few, k_q, mixes) + k_q[:, 5:].float()
+    if out_a is not None and out_b is not None:
+        _compiled(graphs.write_both, a.device.type)(a, b, norms, k_p, k_q, mixes, out_a.detach(), out_b.detach())
+    elif out_a is not None:
+        _compiled(graphs.write_p, a.device.type)(a, b, norms, k_p, mixes, out_a.detach())
+    elif out_b is not None:
+        _compiled(graphs.write_q, a.device.type)(a, b, norms, k_q, mixes, out_b.detach())
+    for out, value in ((out_a, at_p), (out_b, at_q)):
+        if out is not None:
+            out.detach().scatter_(1, drawn, value.to(out.dtype))
+    return None
+
+
+def _suits(a: Tensor, b: Tensor) -> bool:
+    """Whether compiled kernels are meant for tensors like these; sizes of 0 and 1 would each be compiled for."""
+    return len(a) > 1 and a.shape[1] >= 2 * graphs.BLOCK and torch.float64 not in (a.dtype, b.dtype)
+
+
+@cache
+def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """``function`` compiled for rows and vocabularies of any size.
+
+    Raises:
+        ImportError: there is nothing to compile with.
+    """
+    if not available(device):
+        raise ImportError(
+            f"expected a C++ compiler and Python's headers, or Triton for a GPU, which torch.compile needs for device "
+            f"{device!r}, got neither; install them, set CXX, or choose the eager backend"
+        )
+    compiled: Callable[..., Any] = torch.compile(function, dynamic=True, fullgraph=True, options=OPTIONS, **LIMIT)
+    return compiled
