@@ -25,7 +25,7 @@ bench: $(PEERS)
 	$(BIN)/python benchmarks/variance.py
 
 coverage-table: $(STAMP)
-	$(BIN)/python benchmarks/coverage.py
+	$(BIN)/python benchmarks/interval_coverage.py
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""The simulation of benchmarks/coverage.py, small enough for every run and large enough to notice wrong error bars."""
+"""The simulation of benchmarks/interval_coverage.py, small enough for every run and large enough to notice wrong error bars."""
 
 import importlib.util
 import math
@@ -12,7 +12,7 @@ import torch
 from klkit.api.strings import Plan
 from klkit.stats.intervals import Interval
 
-PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "coverage.py"
+PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "interval_coverage.py"
 PAIR = "random, 4 states, 5 symbols"
 
 
