@@ -253,8 +253,8 @@ def sections(replications: int, jobs: int = 1) -> Iterator[str]:
     yield (
         f"# Coverage of the error bars\n\nHow often the nominal {LEVEL:.0%} intervals contain the exact answer, in "
         f"{replications} replications (so every percentage has a standard error of about {error:.1%}). Rewritten by "
-        f"`python benchmarks/interval_coverage.py --replications {replications}`. Cells below {ENOUGH:.0%} are marked (!). "
-        f'"Truth above" counts the misses in which the interval ends below the truth: the dangerous side.'
+        f"`python benchmarks/interval_coverage.py --replications {replications}`. Cells below {ENOUGH:.0%} are marked "
+        f'(!). "Truth above" counts the misses in which the interval ends below the truth: the dangerous side.'
     )
     with ProcessPoolExecutor(jobs) as executor:
         strings = [cell for cells in executor.map(partial(automata, replications), pairs()) for cell in cells]

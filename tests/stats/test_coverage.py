@@ -1,4 +1,4 @@
-"""The simulation of benchmarks/interval_coverage.py, small enough for every run and large enough to notice wrong error bars."""
+"""The simulation of benchmarks/interval_coverage.py: small enough for every run, large enough to notice wrong errors."""
 
 import importlib.util
 import math
