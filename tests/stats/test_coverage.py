@@ -1,4 +1,4 @@
-"""The simulation of benchmarks/interval_coverage.py: small enough for every run, large enough to notice wrong errors."""
+"""The simulation of benchmarks/interval_coverage.py: small enough for every run, large enough to notice mistakes."""
 
 import importlib.util
 import math
