@@ -81,7 +81,7 @@ def main() -> None:
             ]
         )
     title = f"One estimate from {count} responses of up to {new} tokens, V = {size:,}"
-    columns = ["", "ms", "x faster", "peak MiB above the models", "mean of all estimates, nats"]
+    columns = ["", "ms", "x faster", "peak MiB", "mean of all estimates, nats"]
     report([Table(title, columns, rows)], seconds, arguments)
 
 
