@@ -76,6 +76,10 @@ FARTHEST = 60.0
 """Backends may cap ``B − R`` here when they form ``exp(b − R)``: the joint form is not used so far out."""
 
 
+NEAREST = 30.0
+"""Where ``B − R`` exceeds this, norms are given relative to ``B``."""
+
+
 class RowValues(NamedTuple):
     """What follows from :class:`RowSums`, each ``(m,)`` in double precision and nats.
 
@@ -199,5 +203,8 @@ class Slopes(NamedTuple):
 
 
 def norms_of(sums: RowSums, found: RowValues) -> Float[Tensor, "m 4"]:
-    """:class:`Norms` of the rows, as a table."""
-    return torch.stack(Norms(sums.reference, sums.paired, found.log_mass_p, found.shift), 1)
+    """:class:`Norms` of the rows, as a table; no ``b − paired`` exceeds ``NEAREST``, so its exponential is finite."""
+    gap = sums.greatest - sums.paired
+    far = gap > NEAREST
+    paired, shift = torch.where(far, sums.greatest, sums.paired), torch.where(far, found.shift - gap, found.shift)
+    return torch.stack(Norms(sums.reference, paired, found.log_mass_p, shift), 1)

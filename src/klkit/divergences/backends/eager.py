@@ -62,13 +62,19 @@ def gradients(
 ) -> None:
     """Write the gradients that :class:`klkit.divergences.sums.Slopes` spells out."""
     for rows, x, y in _chunks(a, b):
-        k = slopes[rows]
+        k, norm, shift = slopes[rows], norms[rows, 2], norms[rows, 3]
         log_p, p, q, d = _laws(x, y, norms[rows])
+        # What rounding takes from norm and shift would move all of a row alike.
+        lost, slack = norm.to(x.dtype).double() - norm, shift.to(x.dtype).double() - shift
         if out_a is not None:
-            out_a[rows] = _slope(log_p, p, q, d, k[:, :6], tokens[rows])[:, : a.shape[1]].to(out_a.dtype)
+            rest = k[:, 0] + k[:, 1] * lost + k[:, 2] * slack
+            slope = _slope(log_p, p, q, d, k[:, :6], rest, slack, tokens[rows])
+            out_a[rows] = slope[:, : a.shape[1]].to(out_a.dtype)
         if out_b is not None:
             turned = k[:, 6:] * torch.tensor([1, 1, -1, -1, 1, 1], dtype=k.dtype, device=k.device)
-            out_b[rows] = _slope(log_p + d, q, p, -d, turned, tokens[rows])[:, : b.shape[1]].to(out_b.dtype)
+            rest = turned[:, 0] + turned[:, 1] * (lost + slack) - turned[:, 2] * slack
+            slope = _slope(log_p + d, q, p, -d, turned, rest, -slack, tokens[rows])
+            out_b[rows] = slope[:, : b.shape[1]].to(out_b.dtype)
 
 
 def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -142,21 +148,23 @@ def _sums(x: Tensor, y: Tensor, out: Tensor) -> None:
 def _laws(x: Tensor, y: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``log p``, ``p``, ``q`` and ``d = log q − log p``; ``x`` and ``y`` are overwritten."""
     reference, paired, norm, shift = norms.unbind(1)
-    norm_p, norm_q = norm.to(x.dtype), (norm + shift).to(x.dtype)
-    # What rounding takes from a normaliser comes back as a factor.
-    scale_p, scale_q = (norm_p.double() - norm).exp().to(x.dtype), (norm_q.double() - norm - shift).exp().to(x.dtype)
     x -= reference.to(x.dtype)[:, None]
     y -= paired.to(x.dtype)[:, None]
     d = (y - x).sub_(shift.to(x.dtype)[:, None])
-    log_p, log_q = x.sub_(norm_p[:, None]), y.sub_(norm_q[:, None])
-    return log_p, _exp(log_p).mul_(scale_p[:, None]), _exp(log_q).mul_(scale_q[:, None]), d
+    scale_p, scale_q = (-norm).exp().to(x.dtype), (-norm - shift).exp().to(x.dtype)
+    p, q = _exp(x).mul_(scale_p[:, None]), _exp(y).mul_(scale_q[:, None])
+    return x.sub_(norm.to(x.dtype)[:, None]), p, q, d
 
 
-def _gap(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
-    """``q − p``, by a series in ``d = log q − log p`` where the difference would cancel."""
+def _gap(p: Tensor, q: Tensor, d: Tensor, slack: Tensor | None = None) -> Tensor:
+    """``q − p``, by a series in ``d = log q − log p`` where the difference would cancel; ``slack`` is owed to ``d``."""
     near, far = split(d)
     even, odd = excess_series(near)
-    return (even + odd).add_(near).mul_(p).add_((q - p).mul_(far.sign().abs_()))
+    beyond = far.sign().abs_()
+    series = (even + odd).add_(near)
+    if slack is not None:
+        series += slack * (1 - beyond)
+    return series.mul_(p).add_((q - p).mul_(beyond))
 
 
 def _log_over_mixture(d: Tensor) -> Tensor:
@@ -185,12 +193,16 @@ def _split_mixed(d: Tensor) -> tuple[Tensor, Tensor]:
     return d - far, far
 
 
-def _slope(log_p: Tensor, p: Tensor, q: Tensor, d: Tensor, k: Tensor, tokens: Tensor) -> Tensor:
+def _slope(
+    log_p: Tensor, p: Tensor, q: Tensor, d: Tensor, k: Tensor, k0: Tensor, slack: Tensor, tokens: Tensor
+) -> Tensor:
     """``p (k0 + k1 log p + k2 d) + k3 (q − p) + k4 p log(p/m) + k5 1[y]``."""
-    k0, k1, k2, k3, k4, k5 = k.to(p.dtype)[:, :, None].unbind(1)
-    value = p * (k0 + k1 * log_p + k2 * d)
+    _, k1, k2, k3, k4, k5 = k.to(p.dtype)[:, :, None].unbind(1)
+    head = k0.to(p.dtype)
+    tail = (k0 - head.double()).to(p.dtype)
+    value = p * ((head[:, None] + k1 * log_p + k2 * d) + tail[:, None])
     if bool(k3.any()):
-        value += k3 * _gap(p, q, d)
+        value += k3 * _gap(p, q, d, slack.to(p.dtype)[:, None])
     if bool(k4.any()):
         value += k4 * p * _log_over_mixture(d)
     return value.scatter_add_(1, tokens[:, None], k5)

@@ -127,7 +127,7 @@ def row_sums(a_all: Any, b_all: Any, one: Any, out: Any) -> None:
 
 @njit(inline="always", fastmath=FLAGS, error_model="numpy")
 def _mixed(d: Any) -> Any:
-    """``log(p/m)`` and ``log(q/m)`` of a token with ``d = log q − log p``, and ``ψ(d/2)``; ``m`` the even mixture."""
+    """``log(p/m)`` of a token, ``m`` the even mixture, and ``h tanh h − log cosh h`` of half its ``log q − log p``."""
     h = HALF * d
     s = h * h
     size = absolute(d)
@@ -136,75 +136,56 @@ def _mixed(d: Any) -> Any:
     psi_near = s * fma(fma(fma(fma(P4, s, P3), s, P2), s, P1), s, P0)
     psi_far = LOG2 - size * t / (ONE + t) - log_sum
     log_cosh = s * fma(fma(fma(fma(L4, s, L3), s, L2), s, L1), s, L0)
-    rest = LOG2 - log_sum
     above = d if d > ZERO else ZERO
     near = size < FAR_MIXED
-    over_p = -h - log_cosh if near else rest - above
-    over_q = h - log_cosh if near else rest - (above - d)
-    return over_p, over_q, psi_near if near else psi_far
+    return -h - log_cosh if near else LOG2 - log_sum - above, psi_near if near else psi_far
+
+
+@njit
+def _law(norms: Any) -> Any:
+    """A row's norms as the loops use them: single precision, what that takes from the shift, and the laws' factors."""
+    shift, norm = np.float32(norms[3]), np.float32(norms[2])
+    slack = np.float32(np.float64(shift) - norms[3])
+    scale_p, scale_q = np.float32(np.exp(-norms[2])), np.float32(np.exp(-norms[2] - norms[3]))
+    return np.float32(norms[0]), np.float32(norms[1]), norm, scale_p, scale_q, shift, slack
 
 
 @njit(inline="always", fastmath=FLAGS, error_model="numpy")
-def _gap(p: Any, q: Any, d: Any) -> Any:
-    """``q − p``, by a series in ``d = log q − log p`` where the difference would cancel."""
-    square = d * d
-    even = square * fma(fma(E2, square, E1), square, E0)
-    odd = d * fma(square, fma(fma(O2, square, O1), square, O0), ONE)
-    return p * (even + odd) if absolute(d) < FAR else q - p
-
-
-@njit(inline="always", fastmath=FLAGS, error_model="numpy")
-def _laws(
-    la: Any,
-    lb: Any,
-    reference: Any,
-    paired: Any,
-    norm_p: Any,
-    norm_q: Any,
-    scale_p: Any,
-    scale_q: Any,
-    shift: Any,
-    one: Any,
-) -> Any:
-    """``log p``, ``p``, ``q`` and ``d = log q − log p`` of one token."""
+def _token(a: Any, b: Any, law: Any, one: Any) -> Any:
+    """``log p``, ``p``, ``q``, ``d = log q − log p`` and ``q − p`` of one token."""
+    reference, paired, norm, scale_p, scale_q, shift, slack = law
+    la, lb = wide(a), wide(b)
     la = LOWEST if la < LOWEST else la
     lb = LOWEST if lb < LOWEST else lb
     x = fma(la, one, -reference)
     y = fma(lb, one, -paired)
-    log_p = fma(x, one, -norm_p)
     d = fma(fma(-x, one, y), one, -shift)
-    return log_p, exp(log_p) * scale_p, exp(fma(y, one, -norm_q)) * scale_q, d
+    p, q = exp(x) * scale_p, exp(y) * scale_q
+    square = d * d
+    even = square * fma(fma(E2, square, E1), square, E0)
+    odd = d * fma(square, fma(fma(O2, square, O1), square, O0), ONE)
+    gap = p * (even + odd + slack) if absolute(d) < FAR else q - p  # by a series where the difference would cancel
+    return fma(x, one, -norm), p, q, d, gap
 
 
 @njit(fastmath=FLAGS, error_model="numpy")
-def _second(
-    a: Any,
-    b: Any,
-    reference: Any,
-    paired: Any,
-    norm_p: Any,
-    norm_q: Any,
-    scale_p: Any,
-    scale_q: Any,
-    shift: Any,
-    one: Any,
-) -> Any:
+def _second(a: Any, b: Any, law: Any, one: Any) -> Any:
     js, kl_p, distance = ZERO, ZERO, ZERO
     for i in range(a.shape[0]):
-        _, p, q, d = _laws(wide(a[i]), wide(b[i]), reference, paired, norm_p, norm_q, scale_p, scale_q, shift, one)
-        over_p, _, psi = _mixed(d)
+        _, p, q, d, gap = _token(a[i], b[i], law, one)
+        over_p, psi = _mixed(d)
         js += (p + q) * psi
         kl_p += p * over_p
-        distance += absolute(_gap(p, q, d))
+        distance += absolute(gap)
     return HALF * js, kl_p, HALF * distance
 
 
 @njit(fastmath=FLAGS, error_model="numpy")
-def _probabilities(a: Any, reference: Any, norm: Any, scale: Any, one: Any) -> None:
+def _probabilities(a: Any, law: Any, one: Any) -> None:
     for i in range(a.shape[0]):
-        la = wide(a[i])
-        la = LOWEST if la < LOWEST else la
-        a[i] = narrow(exp(fma(fma(la, one, -reference), one, -norm)) * scale, a[i])
+        x = wide(a[i])
+        x = LOWEST if x < LOWEST else x
+        a[i] = narrow(exp(fma(x, one, -law[0])) * law[3], a[i])
 
 
 @njit(parallel=True, nogil=True, cache=True)
@@ -212,75 +193,62 @@ def second_sweep(a_all: Any, b_all: Any, norms: Any, one: Any, overwrite: Any, o
     """Jensen-Shannon divergence, ``KL(p‖½p + ½q)`` and total variation of each row; ``one`` is 1."""
     for r in prange(a_all.shape[0]):
         a, b, o = a_all[r], b_all[r], out[r]
-        reference, paired, norm_p, norm_q, scale_p, scale_q, shift = _references(norms[r])
+        law = _law(norms[r])
         o[0], o[1], o[2] = 0.0, 0.0, 0.0
         for start in range(0, a.shape[0], BLOCK):
             stop = min(start + BLOCK, a.shape[0])
-            js, kl_p, distance = _second(
-                a[start:stop], b[start:stop], reference, paired, norm_p, norm_q, scale_p, scale_q, shift, one
-            )
+            js, kl_p, distance = _second(a[start:stop], b[start:stop], law, one)
             o[0] += js
             o[1] += kl_p
             o[2] += distance
         if overwrite:
-            _probabilities(a, reference, norm_p, scale_p, one)
+            _probabilities(a, law, one)
 
 
-def _slopes(gap: bool, mixed: bool) -> Any:
+def _slopes(gaps: bool, mixtures: bool) -> Any:
     """The loop that writes ``p (k0 + k1 log p + k2 d) + k3 (q − p) + k4 p log(p/m)``, without the parts not wanted."""
 
     @njit(fastmath=FLAGS, error_model="numpy")
-    def write(
-        a: Any,
-        b: Any,
-        out: Any,
-        reference: Any,
-        paired: Any,
-        norm_p: Any,
-        norm_q: Any,
-        scale_p: Any,
-        scale_q: Any,
-        shift: Any,
-        k: Any,
-        one: Any,
-    ) -> None:
-        k0, k1, k2, k3, k4 = k[0], k[1], k[2], k[3], k[4]
+    def write(a: Any, b: Any, out: Any, law: Any, k: Any, one: Any) -> None:
+        k0, k1, k2, k3, k4, rest = k[0], k[1], k[2], k[3], k[4], k[6]
         for i in range(a.shape[0]):
-            log_p, p, q, d = _laws(
-                wide(a[i]), wide(b[i]), reference, paired, norm_p, norm_q, scale_p, scale_q, shift, one
-            )
-            value = p * fma(k2, d, fma(k1, log_p, k0))
-            if gap:
-                value += k3 * _gap(p, q, d)
-            if mixed:
+            log_p, p, _, d, gap = _token(a[i], b[i], law, one)
+            value = p * (fma(k2, d, fma(k1, log_p, k0)) + rest)
+            if gaps:
+                value += k3 * gap
+            if mixtures:
                 value += k4 * p * _mixed(d)[0]
             out[i] = narrow(value, out[i])
 
     return write
 
 
-_plain, _with_gap, _with_all = _slopes(False, False), _slopes(True, False), _slopes(True, True)
+_plain, _with_gaps, _with_all = _slopes(False, False), _slopes(True, False), _slopes(True, True)
 
 
 @njit
-def _write(a: Any, b: Any, out: Any, references: Any, k: Any, one: Any) -> None:
-    """The gradient of one block in the logits ``a`` of the law whose references come first."""
-    reference, paired, norm_p, norm_q, scale_p, scale_q, shift = references
+def _write(a: Any, b: Any, out: Any, law: Any, k: Any, one: Any) -> None:
+    """The gradient of one block in the logits ``a`` of the law that comes first in ``law``."""
     if k[4] != ZERO:
-        _with_all(a, b, out, reference, paired, norm_p, norm_q, scale_p, scale_q, shift, k, one)
+        _with_all(a, b, out, law, k, one)
     elif k[3] != ZERO:
-        _with_gap(a, b, out, reference, paired, norm_p, norm_q, scale_p, scale_q, shift, k, one)
+        _with_gaps(a, b, out, law, k, one)
     else:
-        _plain(a, b, out, reference, paired, norm_p, norm_q, scale_p, scale_q, shift, k, one)
+        _plain(a, b, out, law, k, one)
 
 
 @njit
-def _references(norms: Any) -> Any:
-    """A row's norms in single precision; what rounding takes from a normaliser comes back as a factor."""
-    norm_p, norm_q = np.float32(norms[2]), np.float32(norms[2] + norms[3])
-    scale_p = np.float32(np.exp(np.float64(norm_p) - norms[2]))
-    scale_q = np.float32(np.exp(np.float64(norm_q) - (norms[2] + norms[3])))
-    return np.float32(norms[0]), np.float32(norms[1]), norm_p, norm_q, scale_p, scale_q, np.float32(norms[3])
+def _coefficients(slopes: Any, norm: Any, shift: Any) -> Any:
+    """Six slopes in single precision, and what rounding takes from them, from ``norm`` and from ``shift``.
+
+    The last would shift all of a row alike: too little to see in an entry, and plain to see in their sum.
+    """
+    k = np.empty(7, np.float32)
+    k[:6] = slopes
+    k[6] = (
+        (slopes[0] - np.float64(k[0])) + slopes[1] * (np.float32(norm) - norm) + slopes[2] * (np.float32(shift) - shift)
+    )
+    return k
 
 
 @njit(parallel=True, nogil=True, cache=True)
@@ -298,27 +266,26 @@ def gradients(
 ) -> None:
     """Write the gradients of :class:`klkit.divergences.sums.Slopes` that are wanted; ``one`` is 1."""
     for r in prange(a_all.shape[0]):
-        a, b = a_all[r], b_all[r]
-        reference, paired, norm_p, norm_q, scale_p, scale_q, shift = _references(norms[r])
-        as_p = (reference, paired, norm_p, norm_q, scale_p, scale_q, shift)
-        as_q = (paired, reference, norm_q, norm_p, scale_q, scale_p, -shift)
-        k = slopes[r].astype(np.float32)
-        turned = k[6:].copy()  # as seen when the laws have changed places
+        a, b, token = a_all[r], b_all[r], tokens[r]
+        # The law of q comes first when its gradient is formed: d and q − p change their signs.
+        turned = slopes[r, 6:].copy()
         turned[2], turned[3] = -turned[2], -turned[3]
+        swapped = np.array([norms[r, 1], norms[r, 0], norms[r, 2] + norms[r, 3], -norms[r, 3]])
+        law_p, law_q = _law(norms[r]), _law(swapped)
+        k_p, k_q = _coefficients(slopes[r, :6], norms[r, 2], norms[r, 3]), _coefficients(turned, swapped[2], swapped[3])
         # An output may be the logits themselves, so a block is written only when both gradients are formed.
         held_a, held_b = np.empty(BLOCK, a.dtype), np.empty(BLOCK, b.dtype)
         for start in range(0, a.shape[0], BLOCK):
             stop = min(start + BLOCK, a.shape[0])
             if want_a:
-                _write(a[start:stop], b[start:stop], held_a[: stop - start], as_p, k, one)
+                _write(a[start:stop], b[start:stop], held_a[: stop - start], law_p, k_p, one)
             if want_b:
-                _write(b[start:stop], a[start:stop], held_b[: stop - start], as_q, turned, one)
+                _write(b[start:stop], a[start:stop], held_b[: stop - start], law_q, k_q, one)
             if want_a:
                 out_a[r, start:stop] = held_a[: stop - start]
             if want_b:
                 out_b[r, start:stop] = held_b[: stop - start]
-        token = tokens[r]
-        if want_a and k[5] != ZERO:
-            out_a[r, token] = narrow(wide(out_a[r, token]) + k[5], out_a[r, token])
-        if want_b and k[11] != ZERO:
-            out_b[r, token] = narrow(wide(out_b[r, token]) + k[11], out_b[r, token])
+        if want_a and k_p[5] != ZERO:
+            out_a[r, token] = narrow(wide(out_a[r, token]) + k_p[5], out_a[r, token])
+        if want_b and k_q[5] != ZERO:
+            out_b[r, token] = narrow(wide(out_b[r, token]) + k_q[5], out_b[r, token])

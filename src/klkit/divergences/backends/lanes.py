@@ -94,7 +94,7 @@ A1, A2, A3, A4, A5, A6 = (np.float32(1 / k) for k in (3, 5, 7, 9, 11, 13))
 
 @njit(inline="always", fastmath=FLAGS, error_model="numpy")
 def exp(x: Any) -> Any:
-    """``exp(x)`` for ``x <= 0``, exactly 0 from -88 on."""
+    """``exp(x)`` for ``x <= 88``, exactly 0 from -88 down."""
     x = x if x > UNDERFLOW else UNDERFLOW
     n = nearest(x * LOG2E)
     r = fma(n, LN2_LOW, fma(n, LN2_HIGH, x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,11 +13,15 @@ from torch import Tensor
 from klkit.divergences.backends import kernels
 from klkit.divergences.sums import COLUMNS
 
+PIECE = 16 << 20
+"""Bytes of a wider tensor's rows that are copied to lie together, at a time."""
+
 
 def row_sums(a: Float[Tensor, "m v"], b: Float[Tensor, "m v"]) -> Float[Tensor, "m _"]:
     """The table of :class:`klkit.divergences.sums.RowSums`, in double precision."""
     table = torch.empty(len(a), COLUMNS, dtype=torch.float64)
-    kernels.row_sums(_array(a), _array(b), kernels.ONE, table.numpy())
+    for rows in _pieces(a, b):
+        kernels.row_sums(_array(a[rows]), _array(b[rows]), kernels.ONE, table[rows].numpy())
     return table
 
 
@@ -25,7 +30,13 @@ def second_sweep(
 ) -> Float[Tensor, "m 3"]:
     """Jensen-Shannon divergence, ``KL(p‖½p + ½q)`` and total variation of rows whose norms are known."""
     table = torch.empty(len(a), 3, dtype=torch.float64)
-    kernels.second_sweep(_array(a), _array(b), norms.numpy(), kernels.ONE, overwrite, table.numpy())
+    for rows in _pieces(a, b):
+        x = a[rows].contiguous()
+        kernels.second_sweep(
+            _array(x), _array(b[rows]), norms[rows].numpy(), kernels.ONE, overwrite, table[rows].numpy()
+        )
+        if overwrite and not a.is_contiguous():
+            a[rows] = x
     return table
 
 
@@ -41,13 +52,23 @@ def gradients(
     """Write the gradients that :class:`klkit.divergences.sums.Slopes` spells out."""
     if out_a is None and out_b is None:
         return
-    a_, b_ = _array(a), _array(b)
-    into_a, into_b = (fallback if out is None else _array(out) for out, fallback in ((out_a, a_), (out_b, b_)))
-    want = (out_a is not None, out_b is not None)
-    kernels.gradients(a_, b_, tokens.numpy(), norms.numpy(), slopes.numpy(), kernels.ONE, *want, into_a, into_b)
+    for rows in _pieces(a, b):
+        x, y = _array(a[rows]), _array(b[rows])
+        into_x, into_y = (logits if out is None else _array(out[rows]) for out, logits in ((out_a, x), (out_b, y)))
+        of_rows = tokens[rows].numpy(), norms[rows].numpy(), slopes[rows].numpy()
+        kernels.gradients(x, y, *of_rows, kernels.ONE, out_a is not None, out_b is not None, into_x, into_y)
+
+
+def _pieces(a: Tensor, b: Tensor) -> Iterator[slice]:
+    """All rows at once where they lie together in memory, else a few at a time, to be copied."""
+    together = a.is_contiguous() and b.is_contiguous()
+    count = max(1, len(a)) if together else max(1, PIECE // (a.shape[1] * a.element_size()))
+    for start in range(0, len(a), count):
+        yield slice(start, start + count)
 
 
 def _array(x: Tensor) -> NDArray[Any]:
-    """The memory of a tensor on the CPU, half formats as whole numbers of their size."""
+    """The memory of a tensor on the CPU, or of a copy that lies together; half formats as integers."""
     kinds = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
-    return x.detach().view(kinds[x.dtype]).numpy() if x.dtype in kinds else x.detach().numpy()
+    x = x.detach().contiguous()
+    return x.view(kinds[x.dtype]).numpy() if x.dtype in kinds else x.numpy()
