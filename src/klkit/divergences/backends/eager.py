@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.linalg import vecdot
 
 from klkit.divergences.sums import COLUMNS, FARTHEST
 from klkit.numerics import FLOOR, LN2, excess_series, rows_per_chunk, split, widen
@@ -73,7 +72,9 @@ def gradients(
         if out_b is not None:
             turned = k[:, 6:] * torch.tensor([1, 1, -1, -1, 1, 1], dtype=k.dtype, device=k.device)
             rest = turned[:, 0] + turned[:, 1] * (lost + slack) - turned[:, 2] * slack
-            slope = _slope(log_p + d, q, p, -d, turned, rest, -slack, tokens[rows])
+            # Not log p + d: where p excludes the token that has no digits left.
+            log_q = (y - norm.to(x.dtype)[:, None]).sub_(shift.to(x.dtype)[:, None])
+            slope = _slope(log_q, q, p, -d, turned, rest, -slack, tokens[rows])
             out_b[rows] = slope[:, : b.shape[1]].to(out_b.dtype)
 
 
@@ -146,7 +147,7 @@ def _sums(x: Tensor, y: Tensor, out: Tensor) -> None:
 
 
 def _laws(x: Tensor, y: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``log p``, ``p``, ``q`` and ``d = log q − log p``; ``x`` and ``y`` are overwritten."""
+    """``log p``, ``p``, ``q`` and ``d = log q − log p``; ``x`` is overwritten, and ``y`` less its reference."""
     reference, paired, norm, shift = norms.unbind(1)
     x -= reference.to(x.dtype)[:, None]
     y -= paired.to(x.dtype)[:, None]
@@ -230,9 +231,5 @@ def _sum(x: Tensor) -> Tensor:
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Inner products of rows, added up likewise."""
-    if x.shape[1] <= BLOCK:
-        dots: Tensor = vecdot(x, y)
-        return dots.double()
-    blocks: Tensor = vecdot(x.view(len(x), -1, BLOCK), y.view(len(y), -1, BLOCK))
-    return blocks.double().sum(-1)
+    """Inner products of rows, added up likewise; not by a product that autocast would round."""
+    return _sum(x * y)
