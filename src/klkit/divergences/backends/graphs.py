@@ -28,26 +28,13 @@ WIDEST = 30.0
 HIGHEST = 100.0
 """Where exponents of sums are cut that only rows far beyond the joint form can reach."""
 
-
-@no_type_check
-def row_sums(a: Tensor, b: Tensor) -> Tensor:
-    """The table of :class:`klkit.divergences.sums.RowSums`; at least one block a row."""
-    parts = [block_sums(x, y) for x, y in zip(cut(a), cut(b), strict=True)]
-    top_p, reference = top(a, [part[0] for part in parts])
-    top_q, greatest = top(b, [part[1] for part in parts])
-    paired = floored(b.gather(1, top_p))
-    paired = torch.where(paired > FLOOR / 2, paired, greatest).double()
-    reference, greatest = reference.double(), greatest.double()
-    moved = [move([z.double() for z in part], reference, paired, greatest) for part in parts]
-    sums = [sum(column) for column in zip(*(part[:-2] for part in moved), strict=True)]
-    least = torch.stack([part[-2] for part in moved]).amin(0)
-    most = torch.stack([part[-1] for part in moved]).amax(0)
-    places = [z[:, 0].double() for z in (top_p, top_q, reference, paired, greatest)]
-    return torch.stack(RowSums(*places, *sums, least, most), 1)
+TURNED = (1, 1, -1, -1, 1, 1)
+"""What exchanging the laws does to the six coefficients of a gradient."""
 
 
 @no_type_check
 def floored(x: Tensor) -> Tensor:
+    """``x`` in single precision, with ``FLOOR`` for ``-inf``."""
     return x.float().clamp(min=FLOOR)
 
 
@@ -58,16 +45,8 @@ def exp(x: Tensor) -> Tensor:
 
 
 @no_type_check
-def cut(x: Tensor) -> list[Tensor]:
-    """A row's whole blocks ``(m, n, BLOCK)``, and what is left over as one short block ``(m, 1, _)``."""
-    whole = x.shape[1] // BLOCK * BLOCK
-    parts = [x[:, :whole].unflatten(1, (-1, BLOCK))]
-    return parts if whole == x.shape[1] else [*parts, x[:, None, whole:]]
-
-
-@no_type_check
 def block_sums(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-    """Largest logits, the reference of ``q``, and the sums of each block ``(m, n, _)`` in its own references."""
+    """Largest logits, reference of ``q`` and sums of blocks ``(m, n, BLOCK)``, each in references of its own."""
     a, b = floored(a), floored(b)
     top_a, top_b = a.amax(-1), b.amax(-1)
     x = a - top_a[..., None]
@@ -77,8 +56,8 @@ def block_sums(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
     weight = weight * weight
     weight = weight * weight
     centre = (weight * ((b - top_b[..., None]) - x)).sum(-1) / weight.sum(-1)
-    origin = top_b + centre.clamp(-WIDEST, WIDEST)
-    y = b - origin[..., None]
+    origin = (top_b + centre.clamp(-WIDEST, WIDEST))[..., None]
+    y = b - origin
     d = y - x
     ea, eb = exp(x), exp(y)
     square = d * d
@@ -98,35 +77,39 @@ def block_sums(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         eax * x,
         ead * d,
     )
+    # x is never above 0. A reduction like all others leaves Inductor one nest of loops, so that blocks stay in cache.
+    origin = torch.where(x > 0, x, origin).amax(-1)
     return top_a, top_b, origin, *(z.sum(-1) for z in sums), d.amin(-1), d.amax(-1)
 
 
 @no_type_check
-def top(x: Tensor, best: list[Tensor]) -> tuple[Tensor, Tensor]:
+def top(x: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
     """Place and value of each row's largest entry, the first among equals, ``(m, 1)``; ``best`` of each block."""
-    value, block = best[0].max(1, keepdim=True)
-    columns = block * BLOCK + torch.arange(BLOCK, device=x.device)
-    place = block * BLOCK + x.gather(1, columns).argmax(1, keepdim=True)
-    if len(best) > 1:
-        whole = x.shape[1] // BLOCK * BLOCK
-        last = whole + x[:, whole:].argmax(1, keepdim=True)
-        place = torch.where(best[1] > value, last, place)
-        value = torch.maximum(value, best[1])
-    return place, value
+    value, block = best.max(1, keepdim=True)
+    columns = (block * BLOCK + torch.arange(BLOCK, device=x.device)).clamp(max=x.shape[1] - 1)
+    return columns.gather(1, x.gather(1, columns).argmax(1, keepdim=True)), value
 
 
 @no_type_check
-def move(part: list[Tensor], reference: Tensor, paired: Tensor, greatest: Tensor) -> list[Tensor]:
-    """Sums of blocks carried over to the references of their rows, and added up; all in double precision."""
-    top_a, _, origin, sa, sb, t, u, va, vb, fa, fb, qa, qd, least, most = part
+def row_sums(a: Tensor, b: Tensor, parts: Tensor) -> Tensor:
+    """The table of :class:`klkit.divergences.sums.RowSums` from what :func:`block_sums` returns, ``(15, m, n)``.
+
+    The sums of each block are carried over to the references of its row, and added up; in double precision.
+    """
+    top_p, reference = top(a, parts[0])
+    top_q, greatest = top(b, parts[1])
+    paired = floored(b.gather(1, top_p))
+    paired = torch.where(paired > FLOOR / 2, paired, greatest).double()
+    reference, greatest = reference.double(), greatest.double()
+    top_a, _, origin, sa, sb, t, u, va, vb, fa, fb, qa, qd, least, most = parts.double().unbind(0)
     down_p, down_q, up = top_a - reference, origin - greatest, origin - paired
     wa, wb = down_p.exp(), down_q.exp()
     shift = up - down_p  # d of the row is d of the block and this
     near = shift.abs() < NEAR
     even, odd = excess_series(torch.where(near, shift, 0.0))
     # wa (exp(shift) - 1) and wb (exp(-shift) - 1); then the same without their linear parts
-    rise = torch.where(near, wa * (shift + even + odd), up.clamp(max=HIGHEST).exp() - wa)
-    fall = torch.where(near, wb * (even - odd - shift), (down_q - shift).clamp(max=HIGHEST).exp() - wb)
+    rise = torch.where(near, wa * (shift + (even + odd)), up.clamp(max=HIGHEST).exp() - wa)
+    fall = torch.where(near, wb * ((even - odd) - shift), (down_q - shift).clamp(max=HIGHEST).exp() - wb)
     bend = torch.where(near, wa * (even + odd), rise - wa * shift)
     sag = torch.where(near, wb * (even - odd), fall + wb * shift)
     columns = (
@@ -141,13 +124,15 @@ def move(part: list[Tensor], reference: Tensor, paired: Tensor, greatest: Tensor
         wa * (qa + down_p * (2 * va + down_p * sa)),
         wa * (qd + shift * (2 * t + shift * sa)),
     )
-    return [*(z.sum(1) for z in columns), (least + shift).amin(1), (most + shift).amax(1)]
+    places = [z[:, 0].double() for z in (top_p, top_q, reference, paired, greatest)]
+    sums = RowSums(*places, *(z.sum(1) for z in columns), (least + shift).amin(1), (most + shift).amax(1))
+    return torch.stack(sums, 1)
 
 
 @no_type_check
 def laws(a: Tensor, b: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``log p``, ``p``, ``q`` and ``d = log q − log p`` of entries ``(m, ...)``, in single precision."""
-    reference, paired, norm, shift = (z.view(-1, *[1] * (a.ndim - 1)) for z in norms.unbind(1))
+    """``log p``, ``p``, ``q`` and ``log q − log p`` in single precision; ``norms`` is ``(..., 4)`` for ``(..., _)``."""
+    reference, paired, norm, shift = norms[..., None, :].unbind(-1)
     norm_p, norm_q = norm.float(), (norm + shift).float()
     # What rounding takes from a normaliser comes back as a factor.
     scale_p, scale_q = (norm_p.double() - norm).exp().float(), (norm_q.double() - norm - shift).exp().float()
@@ -182,15 +167,12 @@ def mixed(d: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @no_type_check
-def second_sweep(a: Tensor, b: Tensor, norms: Tensor) -> Tensor:
-    """Jensen-Shannon divergence, ``KL(p‖½p + ½q)`` and total variation of each row."""
-    found = 0
-    for x, y in zip(cut(a), cut(b), strict=True):
-        _, p, q, d = laws(x, y, norms)
-        over, psi = mixed(d)
-        terms = 0.5 * (p + q) * psi, p * over, 0.5 * difference(p, q, d).abs()
-        found = found + torch.stack([z.sum(-1).double().sum(1) for z in terms], 1)
-    return found
+def second_sweep(a: Tensor, b: Tensor, norms: Tensor) -> tuple[Tensor, ...]:
+    """Jensen-Shannon divergence, ``KL(p‖½p + ½q)`` and total variation: the part of each block ``(m, n, BLOCK)``."""
+    _, p, q, d = laws(a, b, norms)
+    over, psi = mixed(d)
+    terms = 0.5 * (p + q) * psi, p * over, 0.5 * difference(p, q, d).abs()
+    return tuple(z.sum(-1) for z in terms)
 
 
 @no_type_check
@@ -207,9 +189,9 @@ def slopes_p(a: Tensor, b: Tensor, norms: Tensor, k: Tensor, mixes: bool) -> Ten
 
 @no_type_check
 def slopes_q(a: Tensor, b: Tensor, norms: Tensor, k: Tensor, mixes: bool) -> Tensor:
-    """The same in the logits of ``q``: exchanging the laws turns the sign of ``d`` and of ``q − p``."""
+    """The same in the logits of ``q``; ``k`` with the sign turned of what is odd in ``d``, as :data:`TURNED` says."""
     log_p, p, q, d = laws(a, b, norms)
-    return slope(log_p + d, q, p, -d, k * torch.tensor([1, 1, -1, -1, 1, 1], device=k.device), mixes)
+    return slope(log_p + d, q, p, -d, k, mixes)
 
 
 @no_type_check
@@ -224,19 +206,20 @@ def slope(log_p: Tensor, p: Tensor, q: Tensor, d: Tensor, k: Tensor, mixes: bool
 
 
 @no_type_check
-def write_p(a: Tensor, b: Tensor, norms: Tensor, k: Tensor, mixes: bool, out: Tensor) -> None:
-    out.copy_(slopes_p(a, b, norms, k, mixes))
-
-
-@no_type_check
-def write_q(a: Tensor, b: Tensor, norms: Tensor, k: Tensor, mixes: bool, out: Tensor) -> None:
-    out.copy_(slopes_q(a, b, norms, k, mixes))
-
-
-@no_type_check
-def write_both(
-    a: Tensor, b: Tensor, norms: Tensor, k_p: Tensor, k_q: Tensor, mixes: bool, out_a: Tensor, out_b: Tensor
+def write(
+    a: Tensor,
+    b: Tensor,
+    norms: Tensor,
+    k_p: Tensor,
+    k_q: Tensor,
+    mixes: bool,
+    out_a: Tensor | bool | None,
+    out_b: Tensor | bool | None,
 ) -> None:
-    in_a, in_b = slopes_p(a, b, norms, k_p, mixes), slopes_q(a, b, norms, k_q, mixes)
-    out_a.copy_(in_a)
-    out_b.copy_(in_b)
+    """Gradients into tensors, with True into the logits themselves; both are computed before either is written."""
+    in_a = None if out_a is None else slopes_p(a, b, norms, k_p, mixes)
+    in_b = None if out_b is None else slopes_q(a, b, norms, k_q, mixes)
+    if out_a is not None:
+        (a if out_a is True else out_a).copy_(in_a)
+    if out_b is not None:
+        (b if out_b is True else out_b).copy_(in_b)

@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from klkit.divergences.backends import eager, graphs
+from klkit.divergences.backends.graphs import BLOCK
 
 # Values that many sums use are computed where they are used; by default they would be written to memory first.
 OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
@@ -31,14 +32,18 @@ OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "realize_opcount_threshold": 10000,
 }
 
-LIMIT = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+LIMIT: dict[str, Any] = (
+    {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+)
 
 
 def available(device: torch.device | str = "cpu") -> bool:
     """Whether ``torch.compile`` finds what it needs: a C++ compiler and Python's headers, or Triton for a GPU."""
     if torch.device(device).type != "cpu":
         return find_spec("triton") is not None
-    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["cl"] if sys.platform == "win32" else ["g++", "clang++"]
+    compilers = (
+        [os.environ["CXX"]] if "CXX" in os.environ else ["cl"] if sys.platform == "win32" else ["g++", "clang++"]
+    )
     return any(map(shutil.which, compilers)) and (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
 
 
@@ -47,7 +52,10 @@ def row_sums(a: Float[Tensor, "m v"], b: Float[Tensor, "m v"]) -> Float[Tensor, 
     """The table of :class:`klkit.divergences.sums.RowSums`, in double precision."""
     if not _suits(a, b):
         return eager.row_sums(a, b)
-    table: Tensor = _compiled(graphs.row_sums, a.device.type)(a.detach(), b.detach())
+    a, b, device = a.detach(), b.detach(), a.device.type
+    parts = _by_blocks(_compiled(graphs.block_sums, device), a, b)
+    # A GPU wants these small steps in one kernel; a CPU does not mind, and is spared the compilation.
+    table: Tensor = (graphs.row_sums if device == "cpu" else _compiled(graphs.row_sums, device))(a, b, parts)
     return table
 
 
@@ -58,9 +66,10 @@ def second_sweep(
     """Jensen-Shannon divergence, ``KL(p‖½p + ½q)`` and total variation of rows whose norms are known."""
     if not _suits(a, b):
         return eager.second_sweep(a, b, norms, overwrite=overwrite)
-    table: Tensor = _compiled(graphs.second_sweep, a.device.type)(a.detach(), b.detach(), norms)
+    a, b, device = a.detach(), b.detach(), a.device.type
+    table = _by_blocks(_compiled(graphs.second_sweep, device), a, b, norms).double().sum(-1).T
     if overwrite:
-        _compiled(graphs.probabilities, a.device.type)(a.detach(), norms)
+        _compiled(graphs.probabilities, device)(a, norms)
     return table
 
 
@@ -75,30 +84,67 @@ def gradients(
     out_b: Float[Tensor, "m v"] | None,
 ) -> None:
     """Write the gradients that :class:`klkit.divergences.sums.Slopes` spells out."""
-    if not _suits(a, b):
+    places = [_place(a, out_a), _place(b, out_b)]
+    if not _suits(a, b) or _overlap(a, b, *places):
         return eager.gradients(a, b, tokens, norms, slopes, out_a, out_b)
     a, b, drawn = a.detach(), b.detach(), tokens[:, None]
-    k_p, k_q = slopes[:, :6].contiguous(), slopes[:, 6:].contiguous()
+    k_p, k_q = slopes[:, :6].contiguous(), slopes[:, 6:] * slopes.new_tensor(graphs.TURNED)
     mixes = bool(slopes[:, [4, 10]].any())
     # The entries of the drawn tokens apart: a comparison in every entry would cost more.
     few = a.gather(1, drawn), b.gather(1, drawn), norms
     at_p = graphs.slopes_p(*few, k_p, mixes) + k_p[:, 5:].float()
     at_q = graphs.slopes_q(*few, k_q, mixes) + k_q[:, 5:].float()
-    if out_a is not None and out_b is not None:
-        _compiled(graphs.write_both, a.device.type)(a, b, norms, k_p, k_q, mixes, out_a.detach(), out_b.detach())
-    elif out_a is not None:
-        _compiled(graphs.write_p, a.device.type)(a, b, norms, k_p, mixes, out_a.detach())
-    elif out_b is not None:
-        _compiled(graphs.write_q, a.device.type)(a, b, norms, k_q, mixes, out_b.detach())
+    _compiled(graphs.write, a.device.type)(a, b, norms, k_p, k_q, mixes, *places)
     for out, value in ((out_a, at_p), (out_b, at_q)):
         if out is not None:
             out.detach().scatter_(1, drawn, value.to(out.dtype))
     return None
 
 
+def _place(x: Tensor, out: Tensor | None) -> Tensor | bool | None:
+    """``out``, or True if it is ``x`` itself: a graph must not be given one tensor under two names."""
+    if out is None:
+        return None
+    return True if (out.data_ptr(), out.stride()) == (x.data_ptr(), x.stride()) else out.detach()
+
+
+def _overlap(*tensors: Tensor | bool | None) -> bool:
+    """Whether two tensors share memory, which graphs that write cannot tell apart."""
+    places = [x.untyped_storage().data_ptr() for x in tensors if isinstance(x, Tensor)]
+    return len(set(places)) < len(places)
+
+
 def _suits(a: Tensor, b: Tensor) -> bool:
     """Whether compiled kernels are meant for tensors like these; sizes of 0 and 1 would each be compiled for."""
-    return len(a) > 1 and a.shape[1] >= 2 * graphs.BLOCK and torch.float64 not in (a.dtype, b.dtype)
+    return len(a) > 1 and a.shape[1] >= 3 * BLOCK and torch.float64 not in (a.dtype, b.dtype)
+
+
+def _by_blocks(function: Callable[..., tuple[Tensor, ...]], a: Tensor, b: Tensor, *of_rows: Tensor) -> Tensor:
+    """What ``function`` returns of all blocks of each row, ``(_, m, n)``.
+
+    Blocks are taken where they lie; the last two of a row, of which one is short, from a padded copy.
+    """
+    size = a.shape[1]
+    whole = size if size % BLOCK == 0 else size // BLOCK * BLOCK - BLOCK
+    pieces = [(a[:, :whole], b[:, :whole])]
+    if whole < size:
+        pieces.append((_last(a, whole), _last(b, whole)))
+    found = []
+    for piece in pieces:
+        cut = [x.view(len(x), -1, BLOCK) for x in piece]
+        for x in cut:
+            torch._dynamo.mark_static(x, 2)
+        of_blocks = [z[:, None].repeat(1, cut[0].shape[1], 1) for z in of_rows]
+        found.append(torch.stack(function(*cut, *of_blocks)))
+    return torch.cat(found, -1)
+
+
+def _last(x: Tensor, start: int) -> Tensor:
+    """A copy of a row's entries from ``start`` on, filled up to two blocks with excluded tokens."""
+    # One column more than needed: rows that are not contiguous, like those of the whole blocks, share their kernel.
+    copy = x.new_full((len(x), 2 * BLOCK + 1), -torch.inf)[:, : 2 * BLOCK]
+    copy[:, : x.shape[1] - start] = x[:, start:]
+    return copy
 
 
 @cache
