@@ -97,13 +97,13 @@ def test_from_policy_records_the_law_it_drew_from():
     same = sample(mu, contexts, max_tokens=8, seed=1).sequences
     assert torch.equal(x.tokens, same.tokens)
     assert same.sampler_logp is None
-    assert torch.equal(x.sampler_logp, score(mu, p, x).rows.logp)
+    torch.testing.assert_close(x.sampler_logp, score(mu, p, x).rows.logp, rtol=1e-13, atol=1e-14)
 
 
 def test_on_its_own_strings_every_weight_is_one():
     mu = machine("mu")
     statistics = score(mu, mu, from_policy(mu, [mu.context(None)] * 30, max_tokens=8, seed=1))
-    assert statistics.prefix_weight().unique().tolist() == [1.0]
+    assert (statistics.prefix_weight() - 1).abs().max() < 1e-12
     position = statistics.x.position()
     torch.testing.assert_close(effective_sample_size(statistics), position.bincount().double())
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from klkit.divergences.fused import RowStatistics, mixture_kl, row_statistics
 from klkit.estimators.strings import StringStatistics
-from klkit.models.base import LanguageModel, VocabularyMismatch, read_rows
+from klkit.models.base import LanguageModel, VocabularyMismatch, read_logits, read_rows
 from klkit.numerics import excess, rows_per_chunk
 from klkit.sequences import Sequences
 
@@ -194,32 +194,35 @@ def collect(
     """
     size = rows_per_chunk(p.vocabulary.size)
     table = features
+    # The mixture is one of normalised laws; all else is had from raw logits, which cost a pass less.
+    read = read_rows if mixture else read_logits
+    overwrite = table is not None and not mixture
     parts: list[RowStatistics] = []
     innovations: list[Tensor] = []
     mixtures: list[Tensor] = []
     log_ratio = torch.zeros(len(x), dtype=torch.float64)  # Σ_{i<n} u_i of each string so far
     chunks = zip(
-        read_rows(p, hidden_p, rows=size),
-        read_rows(q, hidden_q, rows=size),
+        read(p, hidden_p, rows=size),
+        read(q, hidden_q, rows=size),
         torch.split(x.targets(), size),
         torch.split(x.row(), size),
         strict=True,
     )
-    for logp, logq, y, row in chunks:
-        if logp.shape != logq.shape:
+    for first, second, y, row in chunks:
+        if first.shape != second.shape:
             raise VocabularyMismatch(
-                f"expected two models over one vocabulary, got rows of {logp.shape[-1]} and {logq.shape[-1]} "
+                f"expected two models over one vocabulary, got rows of {first.shape[-1]} and {second.shape[-1]} "
                 f"log-probabilities; align the models with klkit.models.align first"
             )
-        y, logq = y.to(logp.device), logq.to(logp.device)
-        stats = row_statistics(logp, logq, y, p.vocabulary.ends)
+        y, second = y.to(first.device), second.to(first.device)
+        stats = row_statistics(first, second, y, p.vocabulary.ends, overwrite=overwrite)
         if table is not None:
-            table = table.to(logp)
-            innovations.append(table[y] - logp.exp() @ table)
+            table = table.to(first)
+            innovations.append(table[y] - (first if overwrite else first.exp()) @ table)
         if mixture:
             # The posterior odds of p against q given the prefix: the log-ratios so far, in order.
             odds = earlier_sums((stats.logp - stats.logq).cpu().double(), row, log_ratio)
-            mixtures.append(mixture_kl(logp, logq, odds.to(logp)))
+            mixtures.append(mixture_kl(first, second, odds.to(first)))
         parts.append(stats)
     # One transfer a field, not one a chunk: each would wait for the accelerator to finish.
     rows = {f.name: torch.cat([getattr(part, f.name) for part in parts]).cpu() for f in fields(RowStatistics)}
