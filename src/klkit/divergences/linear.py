@@ -80,6 +80,12 @@ class Head:
         """The head of the first ``size`` ids only."""
         return replace(self, size=min(size, self.tokens))
 
+    def rows(self, rows: slice) -> Head:
+        """The head of some consecutive ids: of those among ``rows`` that it has."""
+        rows = slice(rows.start, min(rows.stop, self.tokens))
+        bias = None if self.bias is None else self.bias[rows]
+        return replace(self, weight=self.weight[rows], bias=bias, size=None)
+
     @torch.no_grad()
     def logits(self, hidden: Float[Tensor, "m d"], out: Float[Tensor, "m w"] | None = None) -> Float[Tensor, "m w"]:
         """Logits in single precision or above, without gradients.
