@@ -61,7 +61,8 @@ def ratio(seconds: Mapping[str, Sequence[float]], name: str, other: str) -> floa
 
 
 def milliseconds(values: Sequence[float]) -> str:
-    return f"{statistics.median(values) * 1e3:.1f}"
+    """The median, and the least in brackets."""
+    return f"{statistics.median(values) * 1e3:.1f} ({min(values) * 1e3:.1f})"
 
 
 def peak_memory(script: str, name: str, arguments: Sequence[str] = ()) -> float:

@@ -56,7 +56,7 @@ def parts_of_a_step(model: HuggingFaceModel, prompts: torch.Tensor, rounds: int)
             rounds,
         )
     rows_of_text = [[name, milliseconds(taken)] for name, taken in seconds.items()]
-    return Table(f"One decoding step of {n} strings, V = {size:,}", ["", "ms"], rows_of_text)
+    return Table(f"One decoding step of {n} strings, V = {size:,}", ["", "ms (least)"], rows_of_text)
 
 
 def main() -> None:
