@@ -11,8 +11,8 @@ from jaxtyping import install_import_hook
 hook = install_import_hook("klkit", "beartype.beartype")
 hook.__enter__()
 
-# What numba compiles cannot be wrapped, and takes no tensors.
-COMPILED = ("klkit.divergences.backends.kernels", "klkit.divergences.backends.lanes")
+# What numba and torch.compile compile cannot be wrapped.
+COMPILED = tuple(f"klkit.divergences.backends.{name}" for name in ("kernels", "lanes", "graphs"))
 finder = sys.meta_path[0]
 instruments = finder.should_instrument
 finder.should_instrument = lambda name: instruments(name) and name not in COMPILED
