@@ -154,7 +154,7 @@ def compared(title: str, seconds: dict[str, list[float]], limit: str, memory: di
         ]
         for name, taken in seconds.items()
     ]
-    return Table(title, ["", "ms (least)", "x limit", "x faster than naive", "extra memory (logits)"], rows)
+    return Table(title, ["", "ms (least)", "x limit", "x faster", "extra memory"], rows)
 
 
 @torch.no_grad()

@@ -12,18 +12,22 @@ response, from strings of their own; the table shows that they agree within thei
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import sys
+from functools import partial
+from importlib.util import find_spec
 
 import torch
 from common import Table, milliseconds, options, peak_memory, peak_of, ratio, report, side_by_side
 from pair import pair
 
 import klkit
+from klkit.divergences import backends
 from klkit.models.hf import HuggingFaceModel
 from sampling import generate
 
-USUAL, KLKIT = "generate, two passes, naive KL", "klkit.estimate"
+USUAL = "generate, two passes, naive KL"
 SAMPLES = 4  # responses to a prompt
 
 
@@ -48,42 +52,34 @@ def main() -> None:
     each = torch.randint(size - 1, (count, 8), generator=torch.Generator().manual_seed(0))
     prompts = each.repeat_interleave(SAMPLES, 0)
     torch.manual_seed(0)  # generate draws from the global generator
-    values: list[float] = []
-    found: list[klkit.Comparison] = []
     seeds = iter(range(1 << 30))
-    work = {
-        USUAL: lambda: values.extend(usual(p, q, prompts, new)),
-        KLKIT: lambda: found.append(
-            klkit.estimate(p, q, list(each), samples=SAMPLES, max_tokens=new, seed=next(seeds))
-        ),
-    }
+    kernels = ("eager", "native") if find_spec("numba") is not None and not arguments.quick else ("eager",)
+    values: dict[str, list[float]] = {USUAL: []} | {f"klkit.estimate, {name} kernels": [] for name in kernels}
+
+    def theirs() -> None:
+        values[USUAL].extend(usual(p, q, prompts, new))
+
+    def ours(name: str) -> None:
+        os.environ[backends.VARIABLE] = name
+        result = klkit.estimate(p, q, list(each), samples=SAMPLES, max_tokens=new, seed=next(seeds))
+        values[f"klkit.estimate, {name} kernels"].append(result.headline.value)
+
+    work = {USUAL: theirs} | {f"klkit.estimate, {name} kernels": partial(ours, name) for name in kernels}
     if arguments.peak:
-        pair_of_tiny = pair(300)
-        usual(*pair_of_tiny, prompts[:2] % 300, 4)
-        klkit.estimate(*pair_of_tiny, samples=8, max_tokens=4)
+        tiny = pair(300)
+        usual(*tiny, prompts[:2] % 300, 4)
+        klkit.estimate(*tiny, samples=8, max_tokens=4)
         print(peak_of(work[arguments.peak]))
         return
     seconds = side_by_side(work, arguments.rounds)
-    ours = [result.headline.value for result in found]
-    means = {USUAL: statistics.fmean(values), KLKIT: statistics.fmean(ours)}
-    errors = {
-        USUAL: statistics.stdev(values) / math.sqrt(len(values)),
-        KLKIT: statistics.stdev(ours) / math.sqrt(len(ours)),
-    }
     rows = []
     for name, taken in seconds.items():
         memory = "" if arguments.quick else f"{peak_memory(__file__, name, ['--threads', str(arguments.threads)]):.0f}"
-        rows.append(
-            [
-                name,
-                milliseconds(taken),
-                f"{ratio(seconds, USUAL, name):.2f}",
-                memory,
-                f"{means[name]:.5f} ± {errors[name]:.5f}",
-            ]
-        )
+        mean, error = statistics.fmean(values[name]), statistics.stdev(values[name]) / math.sqrt(len(values[name]))
+        found = f"{1e3 * mean:.3f} ± {1e3 * error:.3f}"
+        rows.append([name, milliseconds(taken), f"{ratio(seconds, USUAL, name):.2f}", memory, found])
     title = f"One estimate from {len(prompts)} responses of up to {new} tokens, V = {size:,}"
-    columns = ["", "ms (least)", "x faster", "peak MiB", "mean of all estimates, nats"]
+    columns = ["", "ms (least)", "x faster", "peak MiB", "mean of all, millinats"]
     report([Table(title, columns, rows)], seconds, arguments)
 
 

@@ -15,6 +15,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 def among_the_benchmarks(monkeypatch: pytest.MonkeyPatch):
     """Scripts find their common modules as if they were run from the shell; nothing of it stays."""
     before, threads = set(sys.modules), torch.get_num_threads()
+    monkeypatch.setenv("KLKIT_BACKEND", "eager")  # which is put back to what it was
     monkeypatch.syspath_prepend(str(FOLDER))
     with torch.random.fork_rng():
         yield
