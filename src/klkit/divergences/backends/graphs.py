@@ -2,12 +2,12 @@
 
 A row is cut into blocks that stay in registers or the first-level cache, each summed relative to references
 of its own, so no sweep over the row has to come first. Moving from the references of a block to those of the
-row is exact algebra, done in double precision. It costs no digits because the references of a block are the
-largest logit of ``p`` and, for ``q``, what makes ``d`` average to about 0 over the block's likely tokens: then
-every term of the moved sums is non-negative.
+row is exact algebra, done in double precision. It costs no digits because in a block ``d`` is ``b − a`` less
+its average over the likely tokens, so that every term of the moved sums is non-negative; and ``b − a`` of
+logits near each other is exact.
 
-Plain functions of tensors, which also run uncompiled; tests/conftest.py spares them checks at run time, which would
-break the graphs.
+Plain functions of tensors, which also run uncompiled; tests/conftest.py spares them checks at run time, which
+would break the graphs.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from klkit.numerics import FLOOR, LN2, NEAR, excess_series
 BLOCK = 1024
 """Entries that are summed in single precision: the most that Inductor keeps in registers on a GPU."""
 
-WIDEST = 10.0
-"""Bound on how far the reference of ``q`` in a block may be from its largest logit there."""
+FAR = 0.5
+"""Log-ratios up to this size go through series."""
+
+WIDEST = 1e6
+"""Bound on the average of ``b − a``, far below what stands for a token that one law excludes."""
 
 HIGHEST = 100.0
 """Where exponents of sums are cut that only rows far beyond the joint form can reach."""
@@ -44,22 +47,19 @@ def block_sums(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
     """Largest logits, reference of ``q`` and sums of blocks ``(m, n, BLOCK)``, each in references of its own."""
     a, b = floored(a), floored(b)
     top_a, top_b = a.amax(-1), b.amax(-1)
-    x = a - top_a[..., None]
-    # An average of d over the likely tokens: (1 + x/8)^8 stands in for exp(x).
-    weight = (x * 0.125 + 1).clamp(min=0)
+    x, y, ratio = a - top_a[..., None], b - top_b[..., None], b - a
+    # The average of the ratio over the tokens likely under p: (1 + x/8)^8 stands in for exp(x).
+    weight = torch.where(b > FLOOR / 2, (x * 0.125 + 1).clamp(min=0), 0.0)
     weight = weight * weight
     weight = weight * weight
     weight = weight * weight
-    centre = (weight * ((b - top_b[..., None]) - x)).sum(-1) / weight.sum(-1)
-    origin = (top_b + centre.clamp(-WIDEST, WIDEST))[..., None]
-    y = b - origin
-    d = y - x
+    centre = (weight * ratio).sum(-1) / (weight.sum(-1) + 1e-30)
+    centre = centre.clamp(-WIDEST, WIDEST)[..., None]
+    d = ratio - centre
     ea, eb = exp(x), exp(y)
-    square = d * d
-    even = square * ((square * (1 / 720) + 1 / 24) * square + 1 / 2)
-    odd = square * d * ((square * (1 / 5040) + 1 / 120) * square + 1 / 6)
-    near = d.abs() < NEAR
-    gap, ead, ebd, eax = eb - ea, ea * d, eb * d, ea * x
+    even, odd = excess_parts(d)
+    near = d.abs() < FAR
+    ead, ebd, eax = ea * d, eb * d, ea * x
     sums = (
         ea,
         eb,
@@ -67,14 +67,25 @@ def block_sums(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         ebd,
         eax,
         eb * y,
-        torch.where(near, ea * (even + odd), gap - ead),
-        torch.where(near, eb * (even - odd), ebd - gap),
+        # Of the far tokens, exp(d) is left to the sums of ea and eb over them.
+        torch.where(near, ea * (even + odd), -ead),
+        torch.where(near, eb * (even - odd), ebd),
+        torch.where(near, 0.0, ea),
+        torch.where(near, 0.0, eb),
         eax * x,
         ead * d,
     )
     # x is never above 0. A reduction like all others leaves Inductor one nest of loops, so that blocks stay in cache.
-    origin = torch.where(x > 0, x, origin).amax(-1)
-    return top_a, top_b, origin, *(z.sum(-1) for z in sums), d.amin(-1), d.amax(-1)
+    centre = torch.where(x > 0, x, centre).amax(-1)
+    return top_a, top_b, centre, *(z.sum(-1) for z in sums), d.amin(-1), d.amax(-1)
+
+
+def excess_parts(d: Tensor) -> tuple[Tensor, Tensor]:
+    """Even and odd part of ``exp(d) − 1 − d`` up to ``FAR``."""
+    s = d * d
+    even = (((s * (1 / 40320) + 1 / 720) * s + 1 / 24) * s + 1 / 2) * s
+    odd = ((s * (1 / 5040) + 1 / 120) * s + 1 / 6) * s * d
+    return even, odd
 
 
 def top(x: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,26 +96,32 @@ def top(x: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def row_sums(a: Tensor, b: Tensor, parts: Tensor) -> Tensor:
-    """The table of :class:`klkit.divergences.sums.RowSums` from what :func:`block_sums` returns, ``(15, m, n)``.
+    """The table of :class:`klkit.divergences.sums.RowSums` from what :func:`block_sums` returns, ``(17, m, n)``."""
+    return joined(b, parts, top(a, parts[0]), top(b, parts[1]))
+
+
+def joined(b: Tensor, parts: Tensor, top_a: tuple[Tensor, Tensor], top_b: tuple[Tensor, Tensor]) -> Tensor:
+    """The same, given the largest entries and their places.
 
     The sums of each block are carried over to the references of its row, and added up; in double precision.
     """
-    top_p, reference = top(a, parts[0])
-    top_q, greatest = top(b, parts[1])
+    (top_p, reference), (top_q, greatest) = top_a, top_b
     paired = floored(b.gather(1, top_p))
     paired = torch.where(paired > FLOOR / 2, paired, greatest).double()
     reference, greatest = reference.double(), greatest.double()
-    top_a, _, origin, sa, sb, t, u, va, vb, fa, fb, qa, qd, least, most = parts.double().unbind(0)
-    down_p, down_q, up = top_a - reference, origin - greatest, origin - paired
+    best_a, best_b, centre, sa, sb, t, u, va, vb, fa, fb, far_a, far_b, qa, qd, least, most = parts.double().unbind(0)
+    down_p, down_q = best_a - reference, best_b - greatest
     wa, wb = down_p.exp(), down_q.exp()
-    shift = up - down_p  # d of the row is d of the block and this
+    shift = centre - (paired - reference)  # d of the row is d of the block and this
     near = shift.abs() < NEAR
     even, odd = excess_series(torch.where(near, shift, 0.0))
-    # wa (exp(shift) - 1) and wb (exp(-shift) - 1); then the same without their linear parts
-    rise = torch.where(near, wa * (shift + (even + odd)), up.clamp(max=HIGHEST).exp() - wa)
-    fall = torch.where(near, wb * ((even - odd) - shift), (down_q - shift).clamp(max=HIGHEST).exp() - wb)
+    # wa and wb times exp(±shift), then that less wa and wb, then without its linear part too.
+    grown, shrunk = ((z.clamp(max=HIGHEST)).exp() for z in (down_p + shift, down_q - shift))
+    rise = torch.where(near, wa * (shift + (even + odd)), grown - wa)
+    fall = torch.where(near, wb * ((even - odd) - shift), shrunk - wb)
     bend = torch.where(near, wa * (even + odd), rise - wa * shift)
     sag = torch.where(near, wb * (even - odd), fall + wb * shift)
+    gain_q, gain_p = (best_b - paired).clamp(max=HIGHEST).exp(), (paired - greatest).exp() * wa
     columns = (
         wa * sa,
         wb * sb,
@@ -112,10 +129,11 @@ def row_sums(a: Tensor, b: Tensor, parts: Tensor) -> Tensor:
         wb * (u + sb * shift),
         wa * (va + sa * down_p),
         wb * (vb + sb * down_q),
-        (rise + wa) * fa + sa * bend + t * rise,
-        (fall + wb) * fb + sb * sag - u * fall,
+        grown * (fa - far_a) + gain_q * far_b + sa * bend + t * rise,
+        shrunk * (fb - far_b) + gain_p * far_a + sb * sag - u * fall,
         wa * (qa + down_p * (2 * va + down_p * sa)),
-        wa * (qd + shift * (2 * t + shift * sa)),
+        # Where p excludes a whole block, squares of what stands for that may be infinite.
+        torch.where(wa > 0, wa * (qd + shift * (2 * t + shift * sa)), 0.0),
     )
     places = [z[:, 0].double() for z in (top_p, top_q, reference, paired, greatest)]
     return torch.stack([*places, *(z.sum(1) for z in columns), (least + shift).amin(1), (most + shift).amax(1)], 1)
@@ -127,17 +145,20 @@ def laws(a: Tensor, b: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     norm_p, norm_q = norm.float(), (norm + shift).float()
     # What rounding takes from a normaliser comes back as a factor.
     scale_p, scale_q = (norm_p.double() - norm).exp().float(), (norm_q.double() - norm - shift).exp().float()
-    x, y = floored(a) - reference.float(), floored(b) - paired.float()
-    d = (y - x) - shift.float()
-    log_p, log_q = x - norm_p, y - norm_q
+    # The difference of logits near each other is exact; what it is compared with is taken in two parts.
+    apart = paired - reference + shift
+    coarse = apart.float()
+    fine = (apart - coarse.double()).float()
+    a, b = floored(a), floored(b)
+    d = ((b - a) - coarse) - fine
+    log_p, log_q = (a - reference.float()) - norm_p, (b - paired.float()) - norm_q
     return log_p, exp(log_p) * scale_p, exp(log_q) * scale_q, d
 
 
 def difference(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
     """``q − p``, by a series in ``d = log q − log p`` where the difference would cancel."""
-    s = d * d
-    growth = ((s * (1 / 5040) + 1 / 120) * s + 1 / 6) * s * d + ((s * (1 / 720) + 1 / 24) * s + 1 / 2) * s + d
-    return torch.where(d.abs() < NEAR, p * growth, q - p)
+    even, odd = excess_parts(d)
+    return torch.where(d.abs() < FAR, p * (d + (even + odd)), q - p)
 
 
 def mixed(d: Tensor) -> tuple[Tensor, Tensor]:
