@@ -30,29 +30,72 @@ def options(description: str | None, rounds: int) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=rounds, help="how often each piece of work is timed")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
+    parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for other processes, in all")
     parser.add_argument("--json", type=Path, default=None, metavar="PATH")
     parser.add_argument("--peak", default=None, metavar="NAME", help=argparse.SUPPRESS)  # see peak_memory
     return parser
 
 
+def begin(arguments: argparse.Namespace) -> None:
+    """Apply the common options."""
+    torch.set_num_threads(arguments.threads)
+    Patience.seconds = arguments.patience
+
+
 def side_by_side(work: Mapping[str, Work], rounds: int) -> dict[str, list[float]]:
     """Seconds of each piece of work in each round: all of them in turn, in reverse order every other round.
 
-    What disturbs the machine for a while then disturbs all alike, and a ratio within a round is fair.
+    What disturbs the machine for a while then disturbs all alike, and a ratio within a round is fair. While other
+    processes are busy nothing is timed, and what they disturbed is timed again, as long as there is patience.
     """
     steps = {name: w if isinstance(w, tuple) else (lambda: None, w) for name, w in work.items()}
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for number in range(-1, rounds):  # the first round warms up
         for name in sorted(steps, key=list(steps).index, reverse=number % 2 == 1):
             prepare, run = steps[name]
-            prepare()
-            began = time.perf_counter()
-            result = run()
-            taken = time.perf_counter() - began
-            del result
+            while True:
+                wait_until_quiet()
+                prepare()
+                others, began = others_seconds(), time.perf_counter()
+                result = run()
+                taken = time.perf_counter() - began
+                del result
+                # The kernel counts in hundredths of a second.
+                if number < 0 or others_seconds() - others < 0.03 + 0.03 * taken or not Patience.left(taken):
+                    break
             if number >= 0:
                 seconds[name].append(taken)
     return seconds
+
+
+class Patience:
+    """Seconds that a benchmark may still spend on waiting and on timing again."""
+
+    seconds = 0.0
+
+    @classmethod
+    def left(cls, spent: float) -> bool:
+        cls.seconds -= spent
+        return cls.seconds > 0
+
+
+def others_seconds() -> float:
+    """Processor seconds of all other processes since the system started (Linux; else 0)."""
+    if not Path("/proc/stat").exists():
+        return 0.0
+    user, nice, system, _, _, irq, softirq, steal = Path("/proc/stat").read_text().split()[1:9]
+    busy = sum(map(int, (user, nice, system, irq, softirq, steal))) / os.sysconf("SC_CLK_TCK")
+    return busy - time.process_time()
+
+
+def wait_until_quiet() -> None:
+    """Return once other processes have used less than a tenth of a processor for a moment, or patience has run out."""
+    while Patience.seconds > 0:
+        before, began = others_seconds(), time.perf_counter()
+        time.sleep(0.1)
+        passed = time.perf_counter() - began
+        if others_seconds() - before < 0.1 * passed + 0.01 or not Patience.left(passed):
+            return
 
 
 def ratio(seconds: Mapping[str, Sequence[float]], name: str, other: str) -> float:

@@ -15,7 +15,7 @@ from functools import partial
 from importlib.util import find_spec
 
 import torch
-from common import Table, milliseconds, options, peak_memory, peak_of, ratio, report, side_by_side
+from common import Table, begin, milliseconds, options, peak_memory, peak_of, ratio, report, side_by_side
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -131,7 +131,7 @@ def half_precision(rows: int, width: int, size: int) -> Table:
 
 def main() -> None:
     arguments = options(__doc__, rounds=7).parse_args()
-    torch.set_num_threads(arguments.threads)
+    begin(arguments)
     shape = (8, 16, 300) if arguments.quick else (512, 768, 50257)
     if arguments.peak:
         work_on(inputs(2 * CHUNK, 16, 300), False)[arguments.peak]()  # compiles, and loads what is loaded once

@@ -17,7 +17,7 @@ from functools import partial
 from importlib.util import find_spec
 
 import torch
-from common import MEBI, Table, Work, milliseconds, options, peak_memory, peak_of, ratio, report, side_by_side
+from common import MEBI, Table, Work, begin, milliseconds, options, peak_memory, peak_of, ratio, report, side_by_side
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -168,7 +168,7 @@ def curve(title: str, cases: dict[str, tuple[int, int, int]], arguments: argpars
             if "only" not in name:
                 position = statistics.median(taken) / (rows * size)
                 lines.setdefault(name, [name]).append(f"{position * 1e9:.2f}")
-    torch.set_num_threads(arguments.threads)
+    begin(arguments)
     return Table(f"All quantities, fp32: nanoseconds a position. {title}", ["", *cases], list(lines.values()))
 
 

@@ -19,7 +19,7 @@ from functools import partial
 from importlib.util import find_spec
 
 import torch
-from common import Table, milliseconds, options, peak_memory, peak_of, ratio, report, side_by_side
+from common import Table, begin, milliseconds, options, peak_memory, peak_of, ratio, report, side_by_side
 from pair import pair
 
 import klkit
@@ -46,7 +46,7 @@ def usual(p: HuggingFaceModel, q: HuggingFaceModel, prompts: torch.Tensor, new: 
 
 def main() -> None:
     arguments = options(__doc__, rounds=7).parse_args()
-    torch.set_num_threads(arguments.threads)
+    begin(arguments)
     size, new, count = (300, 4, 2) if arguments.quick else (50257, 64, 8)
     p, q = pair(size)
     each = torch.randint(size - 1, (count, 8), generator=torch.Generator().manual_seed(0))

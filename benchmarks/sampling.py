@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from common import Table, milliseconds, options, ratio, report, side_by_side
+from common import Table, begin, milliseconds, options, ratio, report, side_by_side
 from pair import pair
 
 from klkit.models.hf import HuggingFaceModel
@@ -61,7 +61,7 @@ def parts_of_a_step(model: HuggingFaceModel, prompts: torch.Tensor, rounds: int)
 
 def main() -> None:
     arguments = options(__doc__, rounds=7).parse_args()
-    torch.set_num_threads(arguments.threads)
+    begin(arguments)
     size, new, count = (300, 4, 3) if arguments.quick else (50257, 64, 32)
     model, _ = pair(size)
     prompts = torch.randint(size - 1, (count, 8), generator=torch.Generator().manual_seed(0))
