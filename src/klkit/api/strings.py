@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from klkit.api.settings import MINIMUM_STRINGS
 from klkit.estimators.rao_blackwell import rao_blackwell
 from klkit.estimators.statistics import TokenStatistics, collect
-from klkit.models.base import LanguageModel, read_rows
+from klkit.models.base import LanguageModel
 from klkit.report.record import RunFolder, RunFolderError
 from klkit.report.shards import Batch, Details
 from klkit.results import Estimate
@@ -25,6 +25,7 @@ from klkit.sequences import Sequences
 
 LARGEST_BATCH = 64
 SHOWN_STRINGS = 24  # strings whose every decision is kept in detail, for the report's heat map
+SHOWN_TOKENS = 5  # most probable tokens of both models at each of these decisions
 FLOOR_STRINGS = 8  # strings on which the numerical floor is measured
 KEPT_BYTES = 256 << 20  # trunk vectors of one batch, at most
 
@@ -216,9 +217,11 @@ def one_batch(
     hidden_q = hidden_p if q is p else q.encode(x.after([plan.contexts_q[i] for i in prompts]))
     shown = torch.arange(max(0, min(len(x), SHOWN_STRINGS - start)))
     checked = torch.arange(max(0, min(len(x), FLOOR_STRINGS - start)) if floor else 0)
+    best = MostProbable(torch.isin(x.row(), shown), min(SHOWN_TOKENS, p.vocabulary.size))
+    statistics = collect(p, hidden_p, q, hidden_q, x, features=features, mixture=mixture, watch=best)
     return Batch(
-        collect(p, hidden_p, q, hidden_q, x, features=features, mixture=mixture),
-        details(p, hidden_p, q, hidden_q, x, shown),
+        statistics,
+        best.details(shown),
         batch_floor(p, draw.hidden, x, checked),
     )
 
@@ -244,28 +247,27 @@ def dtype_floor(wide: LanguageModel, p: LanguageModel, x: Sequences) -> Float[Te
     return torch.from_numpy(rao_blackwell(collect(wide, wide.encode(few), p, p.encode(few), few)))
 
 
-def details(
-    p: LanguageModel,
-    hidden_p: Float[Tensor, "m d"],
-    q: LanguageModel,
-    hidden_q: Float[Tensor, "m e"],
-    x: Sequences,
-    rows: Int[Tensor, " k"],
-    count: int = 5,
-) -> Details:
-    """Both models' most probable tokens at every decision of the strings ``rows``."""
-    wanted = torch.isin(x.row(), rows)
-    count = min(count, p.vocabulary.size)
+class MostProbable:
+    """Both models' most probable tokens at the decisions ``wanted``, noted while :func:`collect` reads their logits."""
 
-    def top(model: LanguageModel, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        chunks = [logp.topk(count) for logp in read_rows(model, hidden[wanted.to(hidden.device)])]
-        if not chunks or not len(chunks[0].values):
-            return torch.zeros(0, count), torch.zeros(0, count, dtype=torch.long)
-        return torch.cat([c.values for c in chunks]).cpu(), torch.cat([c.indices for c in chunks]).cpu()
+    def __init__(self, wanted: Bool[Tensor, " m"], count: int) -> None:
+        self.wanted, self.count, self.seen = wanted, count, 0
+        self.found: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
 
-    logp_p, tokens_p = top(p, hidden_p)
-    logp_q, tokens_q = top(q, hidden_q)
-    return Details(rows, tokens_p, logp_p, tokens_q, logp_q)
+    def __call__(self, logits_p: Tensor, logits_q: Tensor) -> None:
+        """Note the tokens of the next rows."""
+        chosen = self.wanted[self.seen : self.seen + len(logits_p)]
+        self.seen += len(logits_p)
+        if bool(chosen.any()):
+            for found, logits in zip(self.found, (logits_p, logits_q), strict=True):
+                rows = logits if bool(chosen.all()) else logits[chosen.to(logits.device)]
+                best = rows.topk(self.count)
+                found.append((best.indices.cpu(), (best.values - rows.logsumexp(1, keepdim=True)).cpu()))
+
+    def details(self, strings: Int[Tensor, " k"]) -> Details:
+        """What was noted, for the strings whose decisions were wanted."""
+        none = (torch.zeros(0, self.count, dtype=torch.long), torch.zeros(0, self.count))
+        return Details(strings, *(torch.cat(part) for found in self.found for part in zip(none, *found, strict=True)))
 
 
 def no_details() -> Details:

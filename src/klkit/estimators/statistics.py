@@ -7,7 +7,7 @@ is then a fold over the same :class:`TokenStatistics`, so all of them see the sa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from klkit.divergences import backends
 from klkit.divergences.fused import RowStatistics, mixture_kl, row_statistics
 from klkit.estimators.strings import StringStatistics
 from klkit.models.base import LanguageModel, VocabularyMismatch, read_logits, read_rows
@@ -180,6 +181,7 @@ def collect(
     *,
     features: Float[Tensor, "v f"] | None = None,
     mixture: bool = False,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> TokenStatistics:
     """Read both models out over one batch and reduce each decision to scalars.
 
@@ -188,6 +190,8 @@ def collect(
         hidden_q: trunk vectors of ``q`` for the same decisions.
         features: one vector a token for the control variates.
         mixture: also compute the terms of the Jensen-Shannon divergence.
+        watch: shown the logits of ``p`` and ``q`` at every decision in order, some rows at a time; they are gone
+            afterwards.
 
     Raises:
         VocabularyMismatch: the two read-outs have different widths.
@@ -197,6 +201,8 @@ def collect(
     # The mixture is one of normalised laws; all else is had from raw logits, which cost a pass less.
     read = read_rows if mixture else read_logits
     overwrite = table is not None and not mixture
+    # For the whole batch: a chunk alone would never be worth loading kernels for.
+    backend = backends.choose(x.decisions * p.vocabulary.size, hidden_p.device, p.dtype)
     parts: list[RowStatistics] = []
     innovations: list[Tensor] = []
     mixtures: list[Tensor] = []
@@ -215,7 +221,9 @@ def collect(
                 f"log-probabilities; align the models with klkit.models.align first"
             )
         y, second = y.to(first.device), second.to(first.device)
-        stats = row_statistics(first, second, y, p.vocabulary.ends, overwrite=overwrite)
+        if watch is not None:
+            watch(first, second)
+        stats = row_statistics(first, second, y, p.vocabulary.ends, overwrite=overwrite, backend=backend)
         if table is not None:
             table = table.to(first)
             innovations.append(table[y] - (first if overwrite else first.exp()) @ table)
