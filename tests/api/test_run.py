@@ -1,12 +1,16 @@
 """A run as a whole, on models whose divergence is known exactly."""
 
+import gc
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import klkit
+from klkit.api.breakdown import position_bins
+from klkit.api.gather import Gathered
 from klkit.api.run import measure, run
 from klkit.api.settings import Settings
 from klkit.api.strings import Plan, run_strings
@@ -307,3 +311,52 @@ def test_a_report_of_a_model_and_itself(pair, tmp_path):
 def test_an_rtol_out_of_reach_is_said(pair):
     result = klkit.estimate(*pair, samples=80, max_tokens=20, rtol=0.0001)
     assert any("rtol=0.0001" in note for note in result.notes)
+
+
+def test_a_text_run_that_was_cut_off_resumes_to_the_same_result(pair, tmp_path, monkeypatch):
+    p, q = pair
+    documents = ["".join(p.vocabulary.tokens[i] for i in range(4)) * 10] * 12
+    options = {"documents": documents, "out": tmp_path / "parts"}
+    settings = Settings(p="p", q="q", text="memory:12 texts", context=10, batch_size=4)
+    whole = measure(p, q, settings, **options | {"out": tmp_path / "whole"})
+    append, left = RunFolder.append, [2]
+
+    def cut_off(self, *arguments):
+        append(self, *arguments)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "append", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        measure(p, q, settings, **options)
+    resumed = measure(p, q, replace(settings, batch_size=7), resume=True, **options)
+    assert resumed.headline.value == pytest.approx(whole.headline.value, rel=1e-12)
+    assert resumed.companions["text_rows"] == whole.companions["text_rows"]
+    lines = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "parts")]
+    assert lines[0] == lines[1]
+
+
+def test_what_a_run_holds_grows_by_the_string_and_not_by_the_token(pair):
+    """Traced allocations of arrays and tensors between one batch and the next."""
+    p, q = pair
+
+    def kept(max_tokens):
+        found, sizes = Gathered(400), []
+
+        def keep(batch):
+            found.add(batch)
+            del batch
+            gc.collect()
+            alive = [x for x in gc.get_objects() if type(x) in (torch.Tensor, np.ndarray)]
+            sizes.append(sum(x.nbytes for x in alive))
+
+        context = p.context(None)
+        run_strings(p, q, Plan([context], [context], 400, max_tokens, seed=0), keep=keep, batch_size=40)
+        return (sizes[-1] - sizes[1]) / 320, float(found.strings.lengths.double().mean())
+
+    (short, few), (long, many) = kept(3), kept(300)
+    assert many > 4 * few
+    assert short < 400
+    table = 16 * (len(position_bins(300)) - 3)  # two numbers for each further bin of positions
+    assert long - short < table < 100 * (many - few)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from klkit.stats import sequential
-from klkit.stats.sequential import STAKES, running_lower_bound
+from klkit.stats.sequential import STAKES, final_lower_bound, running_lower_bound
 
 
 def lognormal(generator, size, sd):
@@ -68,6 +68,20 @@ def test_chunks_do_not_matter(monkeypatch):
     whole = running_lower_bound(x)
     monkeypatch.setattr(sequential, "CHUNK", 3000)
     np.testing.assert_array_equal(running_lower_bound(x), whole)
+
+
+@pytest.mark.parametrize("sd", [0.1, 1.0, 3.0])
+def test_the_last_bound_alone_is_the_last_of_all(sd):
+    generator = np.random.default_rng(4)
+    for size in (1, 2, 10, 100, 400):
+        x = lognormal(generator, size, sd)
+        x = np.concatenate([3 * x, x])  # the evidence peaks before the end
+        for level in (0.5, 0.95):
+            assert final_lower_bound(x, level) == running_lower_bound(x, level)[-1]
+    assert final_lower_bound(np.zeros(0)) == final_lower_bound(np.zeros(3)) == 0
+    assert final_lower_bound(np.array([1.0, math.inf, 1.0])) == math.inf
+    with pytest.raises(ValueError, match="non-negative"):
+        final_lower_bound(np.array([-1.0]))
 
 
 def test_degenerate_values():

@@ -23,7 +23,7 @@ from klkit.estimators.strings import StringStatistics
 from klkit.models.base import LanguageModel
 from klkit.results import Comparison, Estimate, jsonable
 from klkit.stats.intervals import cluster_totals
-from klkit.stats.sequential import running_lower_bound
+from klkit.stats.sequential import final_lower_bound
 from klkit.stats.tails import tail
 
 TABLE = ("rb_cv", "rb", "mc", "cv_string", "k3_string", "k3_token", "ht")
@@ -219,7 +219,7 @@ def lower_bound_of(strings: StringStatistics) -> dict[str, Any]:
     anytime = len(means) == len(strings)
     return {
         "level": 0.95,
-        "value": jsonable(float(running_lower_bound(means)[-1])),
+        "value": jsonable(final_lower_bound(means)),
         "unit": "nats",
         "method": "betting on per-cluster RB sums",
         "anytime": anytime,

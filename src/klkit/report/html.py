@@ -113,6 +113,9 @@ def heat_map(shown: Shown, limit: float, texts: Mapping[int, str]) -> list[dict[
     # The square root: KL is quadratic in the difference of two laws, so this is linear in the difference.
     shade = np.floor(SHADES * np.sqrt(np.minimum(kl / limit, 1.0)) + 0.5).astype(int)
     ratio = few.log_ratio.double().numpy()
+    logp, logq = few.rows.logp.tolist(), few.rows.logq.tolist()
+    likely_p = _likely(details.tokens_p, details.logp_p)
+    likely_q = _likely(details.tokens_q, details.logp_q)
     found = []
     first = 0
     for i, length in enumerate(few.x.lengths.tolist()):
@@ -133,10 +136,10 @@ def heat_map(shown: Shown, limit: float, texts: Mapping[int, str]) -> list[dict[
                     {
                         "t": ids[j],
                         "kl": number(kl[first + j]),
-                        "p": number(few.rows.logp[first + j]),
-                        "q": number(few.rows.logq[first + j]),
-                        "tp": _pairs(details.tokens_p[first + j], details.logp_p[first + j]),
-                        "tq": _pairs(details.tokens_q[first + j], details.logp_q[first + j]),
+                        "p": number(logp[first + j]),
+                        "q": number(logq[first + j]),
+                        "tp": likely_p[first + j],
+                        "tq": likely_q[first + j],
                     }
                     for j in range(length)
                 ],
@@ -173,5 +176,9 @@ def upper_quantile(parts: Iterable[Array], count: int, level: float) -> float:
     return float(np.interp(rank - math.floor(rank), [0.0, 1.0], largest[[0, min(1, wanted - 1)]]))
 
 
-def _pairs(tokens: torch.Tensor, logp: torch.Tensor) -> list[list[Any]]:
-    return [[int(t), round(math.exp(float(v)), 4)] for t, v in zip(tokens, logp, strict=True)]
+def _likely(tokens: torch.Tensor, logp: torch.Tensor) -> list[list[list[Any]]]:
+    """The most probable tokens of each decision with their probabilities."""
+    return [
+        [[token, round(math.exp(value), 4)] for token, value in zip(*row, strict=True)]
+        for row in zip(tokens.tolist(), logp.tolist(), strict=True)
+    ]

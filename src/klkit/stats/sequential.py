@@ -41,19 +41,13 @@ def running_lower_bound(values: NDArray[np.float64], level: float = 0.95) -> NDA
         >>> bool(0.75 < bounds[-1] < 1), bool((np.diff(bounds) >= 0).all())
         (True, True)
     """
-    if not (values >= 0).all() or not 0 < level < 1:
-        raise ValueError(
-            f"expected non-negative values and a level between 0 and 1, got a smallest value of "
-            f"{np.min(values, initial=math.inf)} and level {level}; log-ratios (mc) admit no such bound, "
-            f"per-string Rao-Blackwell sums do"
-        )
+    _require_usable(values, level)
     bounds = np.zeros(len(values))
     infinite = np.isinf(values)
     seen = int(infinite.argmax()) if infinite.any() else len(values)
     bounds[seen:] = math.inf
     x = values[:seen]
-    # By Jensen's inequality no bet against m pays before the running mean exceeds m.
-    ceiling = float(np.max(np.cumsum(x) / np.arange(1, seen + 1), initial=0.0))
+    ceiling = _ceiling(x)
     if ceiling == 0:
         return bounds
     candidates = ceiling * np.arange(1, GRID + 1) / GRID
@@ -65,6 +59,44 @@ def running_lower_bound(values: NDArray[np.float64], level: float = 0.95) -> NDA
         bounds[:seen] = np.maximum(bounds[:seen], np.max(np.where(ruined, m, 0.0), axis=0))
     np.maximum.accumulate(bounds, out=bounds)
     return bounds
+
+
+def final_lower_bound(values: NDArray[np.float64], level: float = 0.95) -> float:
+    """The last of :func:`running_lower_bound`, without the others: found by bisection.
+
+    Raises:
+        ValueError: as there.
+
+    Example:
+        >>> x = np.random.default_rng(0).exponential(size=300)
+        >>> bool(final_lower_bound(x) == running_lower_bound(x)[-1])
+        True
+    """
+    _require_usable(values, level)
+    if np.isinf(values).any():
+        return math.inf
+    ceiling = _ceiling(values)
+    low, high = 0, GRID if ceiling > 0 else 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        # Wealth falls with m at every step, and so does the most it ever was.
+        most = _log_wealth(values, np.array([[ceiling * middle / GRID]])).max()
+        low, high = (middle, high) if most >= -math.log1p(-level) else (low, middle - 1)
+    return ceiling * low / GRID
+
+
+def _require_usable(values: NDArray[np.float64], level: float) -> None:
+    if not (values >= 0).all() or not 0 < level < 1:
+        raise ValueError(
+            f"expected non-negative values and a level between 0 and 1, got a smallest value of "
+            f"{np.min(values, initial=math.inf)} and level {level}; log-ratios (mc) admit no such bound, "
+            f"per-string Rao-Blackwell sums do"
+        )
+
+
+def _ceiling(x: NDArray[np.float64]) -> float:
+    """By Jensen's inequality no bet against ``m`` pays before the running mean exceeds ``m``: its largest value."""
+    return float(np.max(np.cumsum(x) / np.arange(1, len(x) + 1), initial=0.0))
 
 
 def _log_wealth(x: NDArray[np.float64], m: NDArray[np.float64]) -> NDArray[np.float64]:
