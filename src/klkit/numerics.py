@@ -46,6 +46,20 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """The precision in which ``tensors`` are computed with together: single, or what any of them has above it.
+
+    Example:
+        >>> import torch
+        >>> wide_dtype(torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.float16))
+        torch.float32
+    """
+    dtype = torch.float32
+    for x in tensors:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
 def linear(
     x: Float[Tensor, "m d"],
     weight: Float[Tensor, "v d"],

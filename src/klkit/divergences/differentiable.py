@@ -15,7 +15,7 @@ from torch import Tensor
 from klkit.divergences import backends
 from klkit.divergences.fused import require_same_shape
 from klkit.divergences.sums import RowSums, RowValues, Slopes, norms_of, values
-from klkit.numerics import widen
+from klkit.numerics import wide_dtype
 
 
 class Divergences(NamedTuple):
@@ -88,7 +88,7 @@ def divergences(
             f"expected contiguous logits to overwrite, got strides {logits_p.stride()} and {logits_q.stride()} for "
             f"shape {tuple(logits_p.shape)}; pass overwrite=False, or logits.contiguous()"
         )
-    name = backend or backends.choose(logits_p.numel(), logits_p.device, widen(logits_p).dtype)
+    name = backend or backends.choose(logits_p.numel(), logits_p.device, wide_dtype(logits_p))
     backends.get(name, logits_p, logits_q)  # refuses an unknown one here rather than inside autograd
     drawn = torch.zeros(shape, dtype=torch.long, device=logits_p.device) if tokens is None else tokens
     flat = logits_p.reshape(-1, size), logits_q.reshape(-1, size), drawn.reshape(-1)
@@ -120,7 +120,7 @@ class _Divergences(torch.autograd.Function):
         logq = b.gather(1, drawn)[:, 0].double() - sums.greatest - found.log_mass_q
         ctx.save_for_backward(a, b, tokens, norms, torch.stack([*row_terms(found), *mixed.unbind(1)]))
         ctx.overwrite, ctx.backend = overwrite, name
-        dtype = torch.promote_types(widen(a).dtype, widen(b).dtype)
+        dtype = wide_dtype(a, b)
         wanted = found.kl, found.reverse_kl, found.entropy_p, found.entropy_q, logp, logq, mixed[:, 0]
         return tuple(x.to(dtype) for x in wanted)
 
@@ -138,6 +138,9 @@ class _Divergences(torch.autograd.Function):
             if ctx.needs_input_grad[i]:
                 outs[i] = x.detach() if ctx.overwrite else torch.empty_like(x, memory_format=torch.contiguous_format)
         backends.get(ctx.backend, a, b).gradients(a.detach(), b.detach(), tokens, norms, slopes, *outs)
+        if ctx.overwrite:
+            # Compiled kernels write behind autograd's back, which has to know.
+            torch.autograd.graph.increment_version([x for x in outs if x is not None])
         return (*outs, None, None, None, None)
 
 

@@ -17,7 +17,7 @@ from klkit.divergences import backends
 from klkit.divergences.kl import nonnegative_kl
 from klkit.divergences.mixtures import log_mixture
 from klkit.divergences.sums import RowSums, RowValues, norms_of, values
-from klkit.numerics import FLOOR, log1mexp, widen
+from klkit.numerics import FLOOR, log1mexp, wide_dtype, widen
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def row_statistics(
         (0.143841, 0.143841, 0.25)
     """
     require_same_shape(logits_p, logits_q)
-    dtype = torch.promote_types(widen(logits_p).dtype, widen(logits_q).dtype)
+    dtype = wide_dtype(logits_p, logits_q)
     name = backend or backends.choose(logits_p.numel(), logits_p.device, dtype)
     kernels = backends.get(name, logits_p, logits_q)
     sums = RowSums(*kernels.row_sums(logits_p, logits_q).unbind(1))

@@ -10,10 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from klkit.numerics import linear, rows_per_chunk, widen
+from klkit.numerics import linear, rows_per_chunk, wide_dtype
 
-TILE_BYTES, ACCELERATOR_BYTES = 4 << 20, 256 << 20
-"""Bytes of a weight that are worked on at a time: on a CPU they stay in cache."""
+TILE_BYTES, ACCELERATOR_BYTES = 16 << 20, 256 << 20
+"""Bytes of a weight that are worked on at a time: on a CPU they stay in its shared cache.
+
+Much less would make more and shorter products, between which threads wait for each other where cores are busy.
+"""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -100,7 +103,7 @@ class Head:
         Raises:
             ValueError: ``out`` has fewer columns than there are tokens.
         """
-        dtype = torch.promote_types(widen(hidden).dtype, widen(self.weight).dtype)
+        dtype = wide_dtype(hidden, self.weight)
         if out is None:
             out = torch.empty(len(hidden), self.tokens, dtype=dtype, device=self.weight.device)
         if out.shape[1] < self.tokens:
@@ -119,7 +122,7 @@ class Head:
         longer than to read wide weights, and no product is large, wherever it must be copied or added.
         """
         weight = self.weight.detach()[: self.tokens]
-        dtype = torch.promote_types(widen(hidden).dtype, widen(weight).dtype)
+        dtype = wide_dtype(hidden, weight)
         if weight.device.type == "cuda" and weight.dtype == hidden.dtype == torch.bfloat16:
             dtype = torch.bfloat16  # has products with a wide accumulator there
         budget = TILE_BYTES if weight.device.type == "cpu" else ACCELERATOR_BYTES
@@ -185,7 +188,7 @@ class Side:
 
     def __init__(self, hidden: Tensor, head: Head, needs: Sequence[bool], twin: Side | None = None):
         self.hidden, self.head = hidden.detach(), head
-        self.dtype = torch.promote_types(widen(hidden).dtype, widen(head.weight).dtype)
+        self.dtype = wide_dtype(hidden, head.weight)
         self._hidden = torch.zeros_like(self.hidden, dtype=self.dtype) if needs[0] else None
         self._weight = Gathered(head.weight, self.dtype) if needs[1] else None
         self._bias = Gathered(head.bias, self.dtype) if head.bias is not None and needs[2] else None

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from klkit.divergences.linear import Head
-from klkit.numerics import rows_per_chunk, widen
+from klkit.numerics import rows_per_chunk, wide_dtype
 from klkit.sequences import Content, Sequences
 
 
@@ -183,7 +183,7 @@ def read_logits(
         return
     # Several chunks a product, but no more room than that of the default.
     together = rows * max(1, CHUNKS_A_READOUT * rows_per_chunk(size) // rows)
-    dtype = torch.promote_types(widen(hidden).dtype, widen(head.weight).dtype)
+    dtype = wide_dtype(hidden, head.weight)
     buffer = torch.empty(min(together, len(hidden)), size, dtype=dtype, device=head.weight.device)
     for block in torch.split(hidden, together):
         yield from torch.split(head.logits(block, out=buffer[: len(block)]), rows)

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from klkit.divergences.sums import COLUMNS, FARTHEST
-from klkit.numerics import FLOOR, LN2, excess_series, rows_per_chunk, split, widen
+from klkit.numerics import FLOOR, LN2, excess_series, rows_per_chunk, split, wide_dtype
 
 BLOCK = 1024
 """Entries that are summed in the working precision; blocks are added up in double."""
@@ -80,7 +80,7 @@ def gradients(
 
 def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Rows a few at a time, widened and floored, in two buffers that every chunk uses again."""
-    dtype = torch.promote_types(widen(a).dtype, widen(b).dtype)
+    dtype = wide_dtype(a, b)
     size = a.shape[1]
     width = -(-size // BLOCK) * BLOCK if size > BLOCK else size
     budget = CHUNK_BYTES if a.device.type == "cpu" else ACCELERATOR_BYTES
