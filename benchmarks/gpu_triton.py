@@ -24,7 +24,6 @@ SUMS = 17
 def lane_sums(A, B, OUT, size, stride_a, stride_b, span, lanes, C: tl.constexpr, R: tl.constexpr):
     """Grid (rows, splits). OUT (17, rows, lanes), lanes = splits * C: what graphs.block_sums returns of a block."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    LN2: tl.constexpr = 0.6931471805599453
     FLOOR: tl.constexpr = -1e18
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -33,7 +32,8 @@ def lane_sums(A, B, OUT, size, stride_a, stride_b, span, lanes, C: tl.constexpr,
     begin = split * span
     end = tl.minimum(begin + span, size)
     offsets = tl.arange(0, C)[:, None] * R + tl.arange(0, R)[None, :]
-    # The centre of a lane's log-ratios: of its first tokens, which stand for the rest.
+    # The centre of a lane's log-ratios: of its first tokens, which stand for the rest. Large offsets between the two
+    # rows cost digits here, which graphs.block_sums takes off first.
     inside = begin + offsets < end
     a = tl.maximum(tl.load(A + begin + offsets, mask=inside, other=FLOOR).to(tl.float32), FLOOR)
     b = tl.maximum(tl.load(B + begin + offsets, mask=inside, other=FLOOR).to(tl.float32), FLOOR)
@@ -44,13 +44,30 @@ def lane_sums(A, B, OUT, size, stride_a, stride_b, span, lanes, C: tl.constexpr,
     centre = tl.sum(weight * (b - a), 1) / (tl.sum(weight, 1) + 1e-30)
     zero = tl.zeros([C], tl.float32)
     top_a, top_b = zero + FLOOR, zero + FLOOR
-    sa, sb, t, u, va, vb, fa, fb, far_a, far_b, qa, qd = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
+    sa, sb, t, u, va, vb, fa, fb, far_a, far_b, qa, qd = (
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+    )
     least, most = zero + float("inf"), zero - float("inf")
     for start in range(begin, end, C * R):
         place = start + offsets
         inside = place < end
-        a = tl.maximum(tl.load(A + place, mask=inside, other=FLOOR, eviction_policy="evict_first").to(tl.float32), FLOOR)
-        b = tl.maximum(tl.load(B + place, mask=inside, other=FLOOR, eviction_policy="evict_first").to(tl.float32), FLOOR)
+        a = tl.maximum(
+            tl.load(A + place, mask=inside, other=FLOOR, eviction_policy="evict_first").to(tl.float32), FLOOR
+        )
+        b = tl.maximum(
+            tl.load(B + place, mask=inside, other=FLOOR, eviction_policy="evict_first").to(tl.float32), FLOOR
+        )
         new_a, new_b = tl.maximum(top_a, tl.max(a, 1)), tl.maximum(top_b, tl.max(b, 1))
         down_a, down_b = top_a - new_a, top_b - new_b
         scale_a, scale_b = tl.exp2(down_a * LOG2E), tl.exp2(down_b * LOG2E)
@@ -108,7 +125,7 @@ def joined(a: Tensor, b: Tensor, parts: Tensor, span: int, lanes: int, width: in
         outside = columns >= x.shape[1]
         entries = x.gather(1, columns.clamp(max=x.shape[1] - 1)).masked_fill(outside, -torch.inf)
         tops.append((columns.gather(1, entries.argmax(1, keepdim=True)), value))
-    return graphs.joined(b, parts, *tops)
+    return graphs.joined(b, parts, parts[2].double(), *tops)
 
 
 def row_sums(a: Tensor, b: Tensor, *, splits: int = 1, lanes: int = 256, width: int = 16, warps: int = 8) -> Tensor:

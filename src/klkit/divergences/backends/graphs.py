@@ -3,8 +3,8 @@
 A row is cut into blocks that stay in registers or the first-level cache, each summed relative to references
 of its own, so no sweep over the row has to come first. Moving from the references of a block to those of the
 row is exact algebra, done in double precision. It costs no digits because in a block ``d`` is ``b − a`` less
-its average over the likely tokens, so that every term of the moved sums is non-negative; and ``b − a`` of
-logits near each other is exact.
+its average over the likely tokens, so that every term of the moved sums is non-negative; and ``b − a``, once
+large offsets are gone, is exact where the logits are near each other.
 
 Plain functions of tensors, which also run uncompiled; tests/conftest.py spares them checks at run time, which
 would break the graphs.
@@ -43,11 +43,20 @@ def exp(x: Tensor) -> Tensor:
     return (x * (1 / LN2)).exp2()
 
 
+def level(top: Tensor) -> Tensor:
+    """What may be taken from logits with such a largest one, and leaves the likely ones exact: a multiple of 64."""
+    return (top * (1 / 64)).round().clamp(min=-1e9) * 64
+
+
 def block_sums(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
     """Largest logits, reference of ``q`` and sums of blocks ``(m, n, BLOCK)``, each in references of its own."""
     a, b = floored(a), floored(b)
     top_a, top_b = a.amax(-1), b.amax(-1)
-    x, y, ratio = a - top_a[..., None], b - top_b[..., None], b - a
+    x, y, ratio = (
+        a - top_a[..., None],
+        b - top_b[..., None],
+        (b - level(top_b)[..., None]) - (a - level(top_a)[..., None]),
+    )
     # The average of the ratio over the tokens likely under p: (1 + x/8)^8 stands in for exp(x).
     weight = torch.where(b > FLOOR / 2, (x * 0.125 + 1).clamp(min=0), 0.0)
     weight = weight * weight
@@ -97,11 +106,14 @@ def top(x: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
 
 def row_sums(a: Tensor, b: Tensor, parts: Tensor) -> Tensor:
     """The table of :class:`klkit.divergences.sums.RowSums` from what :func:`block_sums` returns, ``(17, m, n)``."""
-    return joined(b, parts, top(a, parts[0]), top(b, parts[1]))
+    centre = parts[2].double() + level(parts[1].double()) - level(parts[0].double())
+    return joined(b, parts, centre, top(a, parts[0]), top(b, parts[1]))
 
 
-def joined(b: Tensor, parts: Tensor, top_a: tuple[Tensor, Tensor], top_b: tuple[Tensor, Tensor]) -> Tensor:
-    """The same, given the largest entries and their places.
+def joined(
+    b: Tensor, parts: Tensor, centre: Tensor, top_a: tuple[Tensor, Tensor], top_b: tuple[Tensor, Tensor]
+) -> Tensor:
+    """The same, given what was taken from ``b − a`` in each block, and the largest entries and their places.
 
     The sums of each block are carried over to the references of its row, and added up; in double precision.
     """
@@ -109,7 +121,7 @@ def joined(b: Tensor, parts: Tensor, top_a: tuple[Tensor, Tensor], top_b: tuple[
     paired = floored(b.gather(1, top_p))
     paired = torch.where(paired > FLOOR / 2, paired, greatest).double()
     reference, greatest = reference.double(), greatest.double()
-    best_a, best_b, centre, sa, sb, t, u, va, vb, fa, fb, far_a, far_b, qa, qd, least, most = parts.double().unbind(0)
+    best_a, best_b, _, sa, sb, t, u, va, vb, fa, fb, far_a, far_b, qa, qd, least, most = parts.double().unbind(0)
     down_p, down_q = best_a - reference, best_b - greatest
     wa, wb = down_p.exp(), down_q.exp()
     shift = centre - (paired - reference)  # d of the row is d of the block and this
@@ -142,17 +154,19 @@ def joined(b: Tensor, parts: Tensor, top_a: tuple[Tensor, Tensor], top_b: tuple[
 def laws(a: Tensor, b: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``log p``, ``p``, ``q`` and ``log q − log p`` in single precision; ``norms`` is ``(..., 4)`` for ``(..., _)``."""
     reference, paired, norm, shift = norms[..., None, :].unbind(-1)
-    norm_p, norm_q = norm.float(), (norm + shift).float()
-    # What rounding takes from a normaliser comes back as a factor.
-    scale_p, scale_q = (norm_p.double() - norm).exp().float(), (norm_q.double() - norm - shift).exp().float()
+    # Normalisers are factors, which round once; taken from exponents where these would overflow.
+    norm_q = norm + shift
+    ahead = torch.where(norm_q < HIGHEST / 2, 0.0, norm_q).float()
+    scale_p, scale_q = (-norm).exp().float(), (ahead.double() - norm_q).exp().float()
     # The difference of logits near each other is exact; what it is compared with is taken in two parts.
-    apart = paired - reference + shift
+    level_p, level_q = level(reference), level(paired)
+    apart = (paired - level_q) - (reference - level_p) + shift
     coarse = apart.float()
     fine = (apart - coarse.double()).float()
     a, b = floored(a), floored(b)
-    d = ((b - a) - coarse) - fine
-    log_p, log_q = (a - reference.float()) - norm_p, (b - paired.float()) - norm_q
-    return log_p, exp(log_p) * scale_p, exp(log_q) * scale_q, d
+    d = (((b - level_q.float()) - (a - level_p.float())) - coarse) - fine
+    x, y = a - reference.float(), (b - paired.float()) - ahead
+    return x - norm.float(), exp(x) * scale_p, exp(y) * scale_q, d
 
 
 def difference(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
