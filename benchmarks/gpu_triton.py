@@ -1,7 +1,7 @@
 """A hand-written Triton kernel of the row sums: the contestant of benchmarks/gpu.py, not part of klkit.
 
 It enters the package if it beats what torch.compile makes of klkit.divergences.backends.graphs by more than 15 % on a
-GPU. It has been checked under Triton's interpreter only (tests/test_gpu_triton.py), never timed.
+GPU. It has been checked under Triton's interpreter only (tests/test_gpu.py), never timed.
 
 What it does that Inductor does not: each lane holds R contiguous tokens and sums of its own over all its tokens, so the
 loop has no reduction across lanes and no barrier, and one rescaling per R tokens. Blocks are lanes here; what follows
