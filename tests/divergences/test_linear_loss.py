@@ -271,7 +271,7 @@ class TestPrecision:
 
 
 class Largest(TorchDispatchMode):
-    """The most values that any one new tensor holds."""
+    """The most values that any one new tensor in single precision holds."""
 
     def __init__(self):
         super().__init__()
@@ -280,7 +280,7 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, Tensor):
+            if isinstance(x, Tensor) and x.dtype == torch.float32:
                 self.values = max(self.values, x.untyped_storage().nbytes() // x.element_size())
         return out
 
@@ -292,6 +292,15 @@ def test_nothing_of_the_size_of_all_logits(monkeypatch):
     with Largest() as largest:
         linear_loss(*x.arguments(), Weights(kl=torch.ones(rows), logp=torch.ones(rows)))[0].backward()
     assert 15 * tokens <= largest.values <= 21 * tokens  # a kernel's buffers may be a little wider
+
+
+def test_half_precision_heads_are_never_widened_whole(monkeypatch):
+    rows, tokens, width = 4, 3000, 64
+    monkeypatch.setattr(linear, "TILE_BYTES", 4 * width * 300)  # 300 rows
+    x = case(rows, tokens, (width, width), dtype=torch.bfloat16, grads="h", biased=False)
+    with Largest() as largest:
+        linear_loss(*x.arguments(), Weights(kl=torch.ones(rows)))[0].backward()
+    assert largest.values <= 300 * width
 
 
 def test_chunks_are_equal_and_bounded():
