@@ -168,6 +168,17 @@ def test_gradients(kernels, mixed, scale):
             assert torch.equal(y, b)
 
 
+def test_gradients_where_p_excludes_tokens(kernels):
+    a, b = noisy(0.3, 4, 5003)
+    a[:, ::3] = NO
+    sums, row = found(eager, a.double(), b.double())
+    norms, tokens = norms_of(sums, row), torch.ones(4, dtype=torch.long)
+    slopes = torch.eye(6, dtype=torch.float64)[[0, 1, 3, 4]].repeat(1, 2)
+    exact = gradients_of(eager, a.double(), b.double(), tokens, norms, slopes, **outs(a.double(), b.double()))
+    for mine, true in zip(gradients_of(kernels, a, b, tokens, norms, slopes, **outs(a, b)), exact, strict=True):
+        assert bool(((mine.double() - true).norm(dim=1) <= 2e-6 * true.norm(dim=1)).all())
+
+
 def outs(a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"out_a": torch.full_like(a, math.nan), "out_b": torch.full_like(b, math.nan)}
 

@@ -151,8 +151,8 @@ def joined(
     return torch.stack([*places, *(z.sum(1) for z in columns), (least + shift).amin(1), (most + shift).amax(1)], 1)
 
 
-def laws(a: Tensor, b: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``log p``, ``p``, ``q`` and ``log q − log p`` in single precision; ``norms`` is ``(..., 4)`` for ``(..., _)``."""
+def laws(a: Tensor, b: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``log p``, ``log q``, ``p``, ``q``, ``log q − log p`` in single precision; ``norms`` ``(..., 4)`` for ``(..., _)``."""
     reference, paired, norm, shift = norms[..., None, :].unbind(-1)
     # Normalisers are factors, which round once; taken from exponents where these would overflow.
     norm_q = norm + shift
@@ -165,8 +165,9 @@ def laws(a: Tensor, b: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     fine = (apart - coarse.double()).float()
     a, b = floored(a), floored(b)
     d = (((b - level_q.float()) - (a - level_p.float())) - coarse) - fine
-    x, y = a - reference.float(), (b - paired.float()) - ahead
-    return x - norm.float(), exp(x) * scale_p, exp(y) * scale_q, d
+    x, y = a - reference.float(), b - paired.float()
+    # Where p excludes a token, log p + d has no digits left: log q is formed apart.
+    return x - norm.float(), y - norm_q.float(), exp(x) * scale_p, exp(y - ahead) * scale_q, d
 
 
 def difference(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
@@ -192,7 +193,7 @@ def mixed(d: Tensor) -> tuple[Tensor, Tensor]:
 
 def second_sweep(a: Tensor, b: Tensor, norms: Tensor) -> tuple[Tensor, ...]:
     """Jensen-Shannon divergence, ``KL(p‖½p + ½q)`` and total variation: the part of each block ``(m, n, BLOCK)``."""
-    _, p, q, d = laws(a, b, norms)
+    _, _, p, q, d = laws(a, b, norms)
     over, psi = mixed(d)
     terms = 0.5 * (p + q) * psi, p * over, 0.5 * difference(p, q, d).abs()
     return tuple(z.sum(-1) for z in terms)
@@ -200,18 +201,19 @@ def second_sweep(a: Tensor, b: Tensor, norms: Tensor) -> tuple[Tensor, ...]:
 
 def probabilities(a: Tensor, norms: Tensor) -> None:
     """Leave ``p`` in the place of its logits."""
-    a.copy_(laws(a, a, norms)[1])
+    a.copy_(laws(a, a, norms)[2])
 
 
 def slopes_p(a: Tensor, b: Tensor, norms: Tensor, k: Tensor, mixes: bool) -> Tensor:
     """Gradient in the logits of ``p``, but for the drawn token; ``k`` are coefficients ``(m, 6)``."""
-    return slope(*laws(a, b, norms), k, mixes)
+    log_p, _, p, q, d = laws(a, b, norms)
+    return slope(log_p, p, q, d, k, mixes)
 
 
 def slopes_q(a: Tensor, b: Tensor, norms: Tensor, k: Tensor, mixes: bool) -> Tensor:
     """The same in the logits of ``q``; ``k`` with the sign turned of what is odd in ``d``, as :data:`TURNED` says."""
-    log_p, p, q, d = laws(a, b, norms)
-    return slope(log_p + d, q, p, -d, k, mixes)
+    _, log_q, p, q, d = laws(a, b, norms)
+    return slope(log_q, q, p, -d, k, mixes)
 
 
 def slope(log_p: Tensor, p: Tensor, q: Tensor, d: Tensor, k: Tensor, mixes: bool) -> Tensor:
