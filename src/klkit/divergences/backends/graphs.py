@@ -152,7 +152,7 @@ def joined(
 
 
 def laws(a: Tensor, b: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``log p``, ``log q``, ``p``, ``q``, ``log q − log p`` in single precision; ``norms`` ``(..., 4)`` for ``(..., _)``."""
+    """``log p``, ``log q``, ``p``, ``q``, ``log q − log p`` in single precision, of norms ``(..., 4)``."""
     reference, paired, norm, shift = norms[..., None, :].unbind(-1)
     # Normalisers are factors, which round once; taken from exponents where these would overflow.
     norm_q = norm + shift
