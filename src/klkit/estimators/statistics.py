@@ -22,6 +22,9 @@ from klkit.models.base import LanguageModel, VocabularyMismatch, read_logits, re
 from klkit.numerics import excess, rows_per_chunk
 from klkit.sequences import Sequences
 
+CHUNKS_A_VISIT = 4
+"""Cache-sized chunks whose rows are reduced together."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenStatistics:
@@ -196,7 +199,8 @@ def collect(
     Raises:
         VocabularyMismatch: the two read-outs have different widths.
     """
-    size = rows_per_chunk(p.vocabulary.size)
+    # A visit has a fixed price, and the kernels cut raw logits to the size of the cache themselves.
+    size = rows_per_chunk(p.vocabulary.size) * (1 if mixture else CHUNKS_A_VISIT)
     table = features
     # The mixture is one of normalised laws; all else is had from raw logits, which cost a pass less.
     read = read_rows if mixture else read_logits
