@@ -1,32 +1,32 @@
-"""One batch of a run: what is noted while the logits are there."""
+"""What is noted of a batch while its logits are there."""
 
 import torch
 
-from klkit.api.strings import MostProbable, Plan, one_batch
+from klkit.api.strings import MostProbable
 from klkit.divergences import backends
+from klkit.estimators.statistics import collect
 from klkit.models.automaton import random_automaton
 from klkit.rng import stream
+from klkit.sampling.ancestral import sample
 
 
-def batch(symbols: int, strings: int):
+def drawn(symbols: int, strings: int):
     p, q = (random_automaton(3, symbols, generator=stream(i, "strings")) for i in range(2))
-    plan = Plan([p.context(None)], [q.context(None)], strings, 20, seed=0)
-    found = one_batch(p, q, plan, 0, strings, features=None, mixture=False, rescore=False, floor=False)
-    return p, q, found
+    return p, q, sample(p, [p.context(None)] * strings, max_tokens=20, seed=0).sequences
 
 
 def test_the_most_probable_tokens_are_those_of_the_read_outs():
     for symbols, count in ((8, 5), (2, 3)):
-        p, q, found = batch(symbols, 30)
-        x = found.statistics.x.select(torch.arange(24))
-        assert found.details.string.tolist() == list(range(24))
-        for model, tokens, logp in (
-            (p, found.details.tokens_p, found.details.logp_p),
-            (q, found.details.tokens_q, found.details.logp_q),
-        ):
-            best = model.readout(model.encode(x)).topk(count)
-            assert torch.equal(tokens, best.indices)
-            torch.testing.assert_close(logp, best.values)
+        p, q, x = drawn(symbols, 30)
+        shown = torch.arange(24)
+        best = MostProbable(torch.isin(x.row(), shown), count)
+        collect(p, p.encode(x), q, q.encode(x), x, watch=best)
+        found, few = best.details(shown), x.select(shown)
+        assert found.string.tolist() == shown.tolist()
+        for model, tokens, logp in ((p, found.tokens_p, found.logp_p), (q, found.tokens_q, found.logp_q)):
+            expected = model.readout(model.encode(few)).topk(count)
+            assert torch.equal(tokens, expected.indices)
+            torch.testing.assert_close(logp, expected.values)
 
 
 def test_rows_are_noted_where_they_are_wanted():
@@ -49,5 +49,6 @@ def test_kernels_are_chosen_for_a_batch_not_for_a_chunk(monkeypatch):
         return "eager"
 
     monkeypatch.setattr(backends, "choose", choose)
-    p, _, found = batch(8, 40)
-    assert asked == [found.statistics.x.decisions * p.vocabulary.size]
+    p, q, x = drawn(8, 40)
+    collect(p, p.encode(x), q, q.encode(x), x)
+    assert asked == [x.decisions * p.vocabulary.size]
