@@ -13,9 +13,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from klkit.api.settings import MINIMUM_STRINGS
+from klkit.divergences import backends
 from klkit.estimators.rao_blackwell import rao_blackwell
 from klkit.estimators.statistics import TokenStatistics, collect
 from klkit.models.base import LanguageModel
+from klkit.numerics import give_back_memory
 from klkit.report.record import RunFolder, RunFolderError
 from klkit.report.shards import Batch, Details
 from klkit.results import Estimate
@@ -27,6 +29,7 @@ LARGEST_BATCH = 64
 SHOWN_STRINGS = 24  # strings whose every decision is kept in detail, for the report's heat map
 SHOWN_TOKENS = 5  # most probable tokens of both models at each of these decisions
 FLOOR_STRINGS = 8  # strings on which the numerical floor is measured
+BATCHES_A_TRIM = 8  # after so many batches the allocator's leftovers are given back
 KEPT_BYTES = 256 << 20  # trunk vectors of one batch, at most
 
 
@@ -148,6 +151,8 @@ def run_strings(
     if rescore is None:
         rescore = p.dtype not in (torch.float32, torch.float64)
     size = resolve_batch_size(p, plan, batch_size)
+    # One choice for the whole run, by what it may come to: half of the responses' room is an average guess.
+    backend = backends.choose(plan.total * plan.max_tokens * p.vocabulary.size // 2, dtype=p.dtype)
     resumed, began, look = count, time.monotonic(), plan.next_look(0)
     while count < plan.total:
         while enough is not None and look < count:
@@ -159,7 +164,16 @@ def run_strings(
         try:
             width = size if enough is None else min(size, look - count)
             batch = one_batch(
-                p, q, plan, count, width, features=features, mixture=mixture, rescore=rescore, floor=floor
+                p,
+                q,
+                plan,
+                count,
+                width,
+                features=features,
+                mixture=mixture,
+                rescore=rescore,
+                floor=floor,
+                backend=backend,
             )
         except torch.OutOfMemoryError:
             # The strings do not depend on the batch size, so a smaller one continues the same run.
@@ -170,6 +184,8 @@ def run_strings(
         if folder is not None:
             folder.append(number, batch, describe(p, batch.statistics))
         take(batch)
+        if number % BATCHES_A_TRIM == 0:
+            give_back_memory()
         if observe is not None:
             observe(running.progress(plan.total, time.monotonic() - began, count - resumed))
 
@@ -199,6 +215,7 @@ def one_batch(
     mixture: bool,
     rescore: bool,
     floor: bool,
+    backend: str,
 ) -> Batch:
     """Draw the strings from number ``start`` on and reduce them to their statistics."""
     names = plan.slice(start, start + size)
@@ -218,7 +235,7 @@ def one_batch(
     shown = torch.arange(max(0, min(len(x), SHOWN_STRINGS - start)))
     checked = torch.arange(max(0, min(len(x), FLOOR_STRINGS - start)) if floor else 0)
     best = MostProbable(torch.isin(x.row(), shown), min(SHOWN_TOKENS, p.vocabulary.size))
-    statistics = collect(p, hidden_p, q, hidden_q, x, features=features, mixture=mixture, watch=best)
+    statistics = collect(p, hidden_p, q, hidden_q, x, features=features, mixture=mixture, backend=backend, watch=best)
     return Batch(
         statistics,
         best.details(shown),

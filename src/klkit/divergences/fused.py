@@ -114,7 +114,7 @@ def row_statistics(
     drawn = tokens[:, None]
     logp = logits_p.gather(1, drawn)[:, 0].double() - sums.reference - found.log_mass_p
     logq = logits_q.gather(1, drawn)[:, 0].double() - log_norm_q
-    total_variation = kernels.second_sweep(logits_p, logits_q, norms, overwrite=overwrite)[:, 2]
+    total_variation = kernels.second_sweep(logits_p, logits_q, norms, mixture=False, overwrite=overwrite)[:, 2]
     return RowStatistics(
         logp=logp.to(dtype),
         logq=logq.to(dtype),

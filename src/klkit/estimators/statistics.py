@@ -184,6 +184,7 @@ def collect(
     *,
     features: Float[Tensor, "v f"] | None = None,
     mixture: bool = False,
+    backend: str | None = None,
     watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> TokenStatistics:
     """Read both models out over one batch and reduce each decision to scalars.
@@ -193,6 +194,8 @@ def collect(
         hidden_q: trunk vectors of ``q`` for the same decisions.
         features: one vector a token for the control variates.
         mixture: also compute the terms of the Jensen-Shannon divergence.
+        backend: kernels for the rows; by default chosen for this batch. Whoever has many batches names one for all, so
+            that no number depends on which kernels happened to be loaded in between.
         watch: shown the logits of ``p`` and ``q`` at every decision in order, some rows at a time; they are gone
             afterwards.
 
@@ -206,7 +209,7 @@ def collect(
     read = read_rows if mixture else read_logits
     overwrite = table is not None and not mixture
     # For the whole batch: a chunk alone would never be worth loading kernels for.
-    backend = backends.choose(x.decisions * p.vocabulary.size, hidden_p.device, p.dtype)
+    backend = backend or backends.choose(x.decisions * p.vocabulary.size, hidden_p.device, p.dtype)
     parts: list[RowStatistics] = []
     innovations: list[Tensor] = []
     mixtures: list[Tensor] = []
@@ -323,8 +326,11 @@ def score(
     """
     parts = []
     y = x if contexts_q is None else x.after(contexts_q)
+    backend = backends.choose(x.decisions * p.vocabulary.size, dtype=p.dtype)
     for i in range(0, len(x), batch_size):
         chosen = torch.arange(i, min(i + batch_size, len(x)))
         mine, theirs = x.select(chosen), y.select(chosen)
-        parts.append(collect(p, p.encode(mine), q, q.encode(theirs), mine, features=features, mixture=mixture))
+        parts.append(
+            collect(p, p.encode(mine), q, q.encode(theirs), mine, features=features, mixture=mixture, backend=backend)
+        )
     return TokenStatistics.cat(parts)

@@ -7,9 +7,9 @@ the logits' size:
 ``row_sums(a, b)``
     the table of :class:`klkit.divergences.sums.RowSums`, ``(m, COLUMNS)`` in double precision.
 
-``second_sweep(a, b, norms, *, overwrite)``
+``second_sweep(a, b, norms, *, mixture, overwrite)``
     ``(m, 3)`` in double precision: the Jensen-Shannon divergence, ``KL(p‖½p + ½q)``, and the total variation.
-    With ``overwrite``, ``a`` is left holding the probabilities of ``p``.
+    The first two are left undefined without ``mixture``. With ``overwrite``, ``a`` is left holding ``p``.
 
 ``gradients(a, b, tokens, norms, slopes, out_a, out_b)``
     into ``out_a`` and ``out_b`` (either may be None, or the logits themselves) the gradients that

@@ -35,14 +35,20 @@ def row_sums(a: Float[Tensor, "m v"], b: Float[Tensor, "m v"]) -> Float[Tensor, 
 
 @torch.no_grad()
 def second_sweep(
-    a: Float[Tensor, "m v"], b: Float[Tensor, "m v"], norms: Float[Tensor, "m 4"], *, overwrite: bool = False
+    a: Float[Tensor, "m v"],
+    b: Float[Tensor, "m v"],
+    norms: Float[Tensor, "m 4"],
+    *,
+    mixture: bool = True,
+    overwrite: bool = False,
 ) -> Float[Tensor, "m 3"]:
     """Jensen-Shannon divergence, ``KL(p‖½p + ½q)`` and total variation of rows whose norms are known."""
     table = torch.empty(len(a), 3, dtype=torch.float64, device=a.device)
     for rows, x, y in _chunks(a, b):
         _, p, q, d = _laws(x, y, norms[rows])
-        table[rows, 0] = 0.5 * _dot(p + q, _psi(d))
-        table[rows, 1] = _dot(p, _log_over_mixture(d))
+        if mixture:
+            table[rows, 0] = 0.5 * _dot(p + q, _psi(d))
+            table[rows, 1] = _dot(p, _log_over_mixture(d))
         table[rows, 2] = 0.5 * _sum(_gap(p, q, d).abs_())
         if overwrite:
             a[rows] = p[:, : a.shape[1]].to(a.dtype)

@@ -61,11 +61,16 @@ def row_sums(a: Float[Tensor, "m v"], b: Float[Tensor, "m v"]) -> Float[Tensor, 
 
 @torch.no_grad()
 def second_sweep(
-    a: Float[Tensor, "m v"], b: Float[Tensor, "m v"], norms: Float[Tensor, "m 4"], *, overwrite: bool = False
+    a: Float[Tensor, "m v"],
+    b: Float[Tensor, "m v"],
+    norms: Float[Tensor, "m 4"],
+    *,
+    mixture: bool = True,
+    overwrite: bool = False,
 ) -> Float[Tensor, "m 3"]:
     """Jensen-Shannon divergence, ``KL(p‖½p + ½q)`` and total variation of rows whose norms are known."""
     if not _suits(a, b):
-        return eager.second_sweep(a, b, norms, overwrite=overwrite)
+        return eager.second_sweep(a, b, norms, mixture=mixture, overwrite=overwrite)
     a, b, device = a.detach(), b.detach(), a.device.type
     table = _by_blocks(_compiled(graphs.second_sweep, device), a, b, norms).double().sum(-1).T
     if overwrite:

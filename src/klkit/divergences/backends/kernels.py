@@ -169,7 +169,15 @@ def _token(a: Any, b: Any, law: Any, one: Any) -> Any:
 
 
 @njit(fastmath=FLAGS, error_model="numpy")
-def _second(a: Any, b: Any, law: Any, one: Any) -> Any:
+def _distance(a: Any, b: Any, law: Any, one: Any) -> Any:
+    distance = ZERO
+    for i in range(a.shape[0]):
+        distance += absolute(_token(a[i], b[i], law, one)[4])
+    return ZERO, ZERO, HALF * distance
+
+
+@njit(fastmath=FLAGS, error_model="numpy")
+def _mixture(a: Any, b: Any, law: Any, one: Any) -> Any:
     js, kl_p, distance = ZERO, ZERO, ZERO
     for i in range(a.shape[0]):
         _, p, q, d, gap = _token(a[i], b[i], law, one)
@@ -189,7 +197,7 @@ def _probabilities(a: Any, law: Any, one: Any) -> None:
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def second_sweep(a_all: Any, b_all: Any, norms: Any, one: Any, overwrite: Any, out: Any) -> None:
+def second_sweep(a_all: Any, b_all: Any, norms: Any, one: Any, mixture: Any, overwrite: Any, out: Any) -> None:
     """Jensen-Shannon divergence, ``KL(p‖½p + ½q)`` and total variation of each row; ``one`` is 1."""
     for r in prange(a_all.shape[0]):
         a, b, o = a_all[r], b_all[r], out[r]
@@ -197,7 +205,8 @@ def second_sweep(a_all: Any, b_all: Any, norms: Any, one: Any, overwrite: Any, o
         o[0], o[1], o[2] = 0.0, 0.0, 0.0
         for start in range(0, a.shape[0], BLOCK):
             stop = min(start + BLOCK, a.shape[0])
-            js, kl_p, distance = _second(a[start:stop], b[start:stop], law, one)
+            few_a, few_b = a[start:stop], b[start:stop]
+            js, kl_p, distance = _mixture(few_a, few_b, law, one) if mixture else _distance(few_a, few_b, law, one)
             o[0] += js
             o[1] += kl_p
             o[2] += distance

@@ -26,14 +26,19 @@ def row_sums(a: Float[Tensor, "m v"], b: Float[Tensor, "m v"]) -> Float[Tensor, 
 
 
 def second_sweep(
-    a: Float[Tensor, "m v"], b: Float[Tensor, "m v"], norms: Float[Tensor, "m 4"], *, overwrite: bool = False
+    a: Float[Tensor, "m v"],
+    b: Float[Tensor, "m v"],
+    norms: Float[Tensor, "m 4"],
+    *,
+    mixture: bool = True,
+    overwrite: bool = False,
 ) -> Float[Tensor, "m 3"]:
     """Jensen-Shannon divergence, ``KL(p‖½p + ½q)`` and total variation of rows whose norms are known."""
     table = torch.empty(len(a), 3, dtype=torch.float64)
     for rows in _pieces(a, b):
         x = a[rows].contiguous()
         kernels.second_sweep(
-            _array(x), _array(b[rows]), norms[rows].numpy(), kernels.ONE, overwrite, table[rows].numpy()
+            _array(x), _array(b[rows]), norms[rows].numpy(), kernels.ONE, mixture, overwrite, table[rows].numpy()
         )
         if overwrite and not a.is_contiguous():
             a[rows] = x
