@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numba
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
@@ -66,6 +67,8 @@ def gradients(
 
 def _pieces(a: Tensor, b: Tensor) -> Iterator[slice]:
     """All rows at once where they lie together in memory, else a few at a time, to be copied."""
+    # As many threads as torch may use: two pools that both take every core wait for each other.
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
     together = a.is_contiguous() and b.is_contiguous()
     count = max(1, len(a)) if together else max(1, PIECE // (a.shape[1] * a.element_size()))
     for start in range(0, len(a), count):
