@@ -38,14 +38,17 @@ torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def give_back_memory() -> None:
-    """Return what freed blocks still occupy to the system, where the C library can (glibc); a millisecond or so.
+    """Return what freed blocks still occupy to the system, and large ones from now on at once, where glibc rules.
 
-    Blocks of many sizes, freed in another order than they were taken, leave holes that a long run would go on adding
-    to, although it keeps nothing.
+    The opposite of the setting above, for runs so long that its cost in holes, left by blocks of many sizes freed in
+    another order than they were taken, outgrows what it saves. A millisecond or so.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    if sys.platform != "linux":
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
+        library.mallopt(-3, 512 << 10)  # M_MMAP_THRESHOLD
+        library.malloc_trim(0)
 
 
 def widen(x: Tensor) -> Tensor:

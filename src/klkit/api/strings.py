@@ -29,7 +29,7 @@ LARGEST_BATCH = 64
 SHOWN_STRINGS = 24  # strings whose every decision is kept in detail, for the report's heat map
 SHOWN_TOKENS = 5  # most probable tokens of both models at each of these decisions
 FLOOR_STRINGS = 8  # strings on which the numerical floor is measured
-BATCHES_A_TRIM = 8  # after so many batches the allocator's leftovers are given back
+LONG_RUN = 8  # batches from which on memory that is free is given back after each: slower, and bounded
 KEPT_BYTES = 256 << 20  # trunk vectors of one batch, at most
 
 
@@ -184,7 +184,7 @@ def run_strings(
         if folder is not None:
             folder.append(number, batch, describe(p, batch.statistics))
         take(batch)
-        if number % BATCHES_A_TRIM == 0:
+        if number > LONG_RUN:
             give_back_memory()
         if observe is not None:
             observe(running.progress(plan.total, time.monotonic() - began, count - resumed))
