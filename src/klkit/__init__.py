@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from klkit.models.base import VocabularyMismatch as VocabularyMismatch
     from klkit.models.laws import check_laws as check_laws
     from klkit.models.spec import load as load
+    from klkit.objectives.gradient_check import check_gradient as check_gradient
+    from klkit.objectives.policy import kl_surrogate as kl_surrogate
     from klkit.results import Comparison as Comparison
     from klkit.results import Estimate as Estimate
     from klkit.sampling.ancestral import sample as sample
@@ -57,6 +59,8 @@ _HOME = {
     "cross_entropy": "divergences.kl",
     "jensen_shannon": "divergences.mixtures",
     "total_variation": "divergences.f",
+    "kl_surrogate": "objectives.policy",
+    "check_gradient": "objectives.gradient_check",
     "Prompts": "sequences",
     "Sequences": "sequences",
     "TokenStatistics": "estimators.statistics",
