@@ -18,7 +18,7 @@ from klkit.numerics import FLOOR, LN2, NEAR
 BLOCK = 2048
 """Entries that are summed in single precision; blocks are added up in double."""
 
-ZERO, ONE, HALF, TWO = np.float32(0), np.float32(1), np.float32(0.5), np.float32(2)
+ZERO, ONE, HALF = np.float32(0), np.float32(1), np.float32(0.5)
 LOWEST, ABSENT = np.float32(FLOOR), np.float32(FLOOR / 2)
 FAR, FAR_MIXED, LOG2 = np.float32(NEAR), np.float32(0.5), np.float32(LN2)
 # exp(t) - 1 - t = t^2 (E0 + E1 t^2 + E2 t^4) + t^3 (O0 + O1 t^2 + O2 t^4)
