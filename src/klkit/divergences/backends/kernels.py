@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from klkit.divergences.backends.lanes import FLAGS, absolute, exp, fma, log1p, narrow, wide
+from klkit.divergences.backends.lanes import FLAGS, absolute, exp, fma, larger, log1p, narrow, smaller, wide
 from klkit.divergences.sums import FARTHEST
 from klkit.numerics import FLOOR, LN2, NEAR
 
@@ -29,16 +29,14 @@ P0, P1, P2, P3, P4 = (np.float32(c) for c in (1 / 2, -1 / 4, 1 / 9, -17 / 360, 6
 L0, L1, L2, L3, L4 = (np.float32(c) for c in (1 / 2, -1 / 12, 1 / 45, -17 / 2520, 31 / 14175))
 
 
-@njit(fastmath=FLAGS | {"nnan"})
+@njit
 def _extremes(a: Any, b: Any) -> Any:
     top_a, top_b = wide(a[0]), wide(b[0])
     low_a, low_b = top_a, top_b
     for i in range(a.shape[0]):
         x, y = wide(a[i]), wide(b[i])
-        top_a = x if x > top_a else top_a
-        top_b = y if y > top_b else top_b
-        low_a = x if x < low_a else low_a
-        low_b = y if y < low_b else low_b
+        top_a, low_a = larger(top_a, x), smaller(low_a, x)
+        top_b, low_b = larger(top_b, y), smaller(low_b, y)
     return top_a, top_b, low_a, low_b
 
 
@@ -214,8 +212,11 @@ def second_sweep(a_all: Any, b_all: Any, norms: Any, one: Any, mixture: Any, ove
             _probabilities(a, law, one)
 
 
-def _slopes(gaps: bool, mixtures: bool) -> Any:
-    """The loop that writes ``p (k0 + k1 log p + k2 d) + k3 (q − p) + k4 p log(p/m)``, without the parts not wanted."""
+def _slopes(gaps: bool, mixtures: bool, in_place: bool) -> Any:
+    """The loop that writes ``p (k0 + k1 log p + k2 d) + k3 (q − p) + k4 p log(p/m)``, without the parts not wanted.
+
+    Over the logits ``a`` themselves it must be told so: LLVM would find that ``a`` and ``out`` meet, and go one by one.
+    """
 
     @njit(fastmath=FLAGS, error_model="numpy")
     def write(a: Any, b: Any, out: Any, law: Any, k: Any, one: Any) -> None:
@@ -227,12 +228,16 @@ def _slopes(gaps: bool, mixtures: bool) -> Any:
                 value += k3 * gap
             if mixtures:
                 value += k4 * p * _mixed(d)[0]
-            out[i] = narrow(value, out[i])
+            if in_place:
+                a[i] = narrow(value, a[i])
+            else:
+                out[i] = narrow(value, out[i])
 
     return write
 
 
-_plain, _with_gaps, _with_all = _slopes(False, False), _slopes(True, False), _slopes(True, True)
+_plain, _with_gaps, _with_all = _slopes(False, False, False), _slopes(True, False, False), _slopes(True, True, False)
+_over_plain, _over_gaps, _over_all = _slopes(False, False, True), _slopes(True, False, True), _slopes(True, True, True)
 
 
 @njit
@@ -244,6 +249,17 @@ def _write(a: Any, b: Any, out: Any, law: Any, k: Any, one: Any) -> None:
         _with_gaps(a, b, out, law, k, one)
     else:
         _plain(a, b, out, law, k, one)
+
+
+@njit
+def _write_over(a: Any, b: Any, law: Any, k: Any, one: Any) -> None:
+    """The same, written over ``a``."""
+    if k[4] != ZERO:
+        _over_all(a, b, a, law, k, one)
+    elif k[3] != ZERO:
+        _over_gaps(a, b, a, law, k, one)
+    else:
+        _over_plain(a, b, a, law, k, one)
 
 
 @njit
@@ -270,10 +286,14 @@ def gradients(
     one: Any,
     want_a: Any,
     want_b: Any,
+    in_place: Any,
     out_a: Any,
     out_b: Any,
 ) -> None:
-    """Write the gradients of :class:`klkit.divergences.sums.Slopes` that are wanted; ``one`` is 1."""
+    """Write the gradients of :class:`klkit.divergences.sums.Slopes` that are wanted; ``one`` is 1.
+
+    ``in_place`` says that an output is the logits whose gradient it takes.
+    """
     for r in prange(a_all.shape[0]):
         a, b, token = a_all[r], b_all[r], tokens[r]
         # The law of q comes first when its gradient is formed: d and q − p change their signs.
@@ -282,18 +302,25 @@ def gradients(
         swapped = np.array([norms[r, 1], norms[r, 0], norms[r, 2] + norms[r, 3], -norms[r, 3]])
         law_p, law_q = _law(norms[r]), _law(swapped)
         k_p, k_q = _coefficients(slopes[r, :6], norms[r, 2], norms[r, 3]), _coefficients(turned, swapped[2], swapped[3])
-        # An output may be the logits themselves, so a block is written only when both gradients are formed.
-        held_a, held_b = np.empty(BLOCK, a.dtype), np.empty(BLOCK, b.dtype)
+        # Where outputs may be the logits and both are wanted, a block is written when both its gradients are formed.
+        held = BLOCK if want_a and want_b else 0
+        held_a, held_b = np.empty(held, a.dtype), np.empty(held, b.dtype)
         for start in range(0, a.shape[0], BLOCK):
             stop = min(start + BLOCK, a.shape[0])
-            if want_a:
-                _write(a[start:stop], b[start:stop], held_a[: stop - start], law_p, k_p, one)
-            if want_b:
-                _write(b[start:stop], a[start:stop], held_b[: stop - start], law_q, k_q, one)
-            if want_a:
+            x, y = a[start:stop], b[start:stop]
+            if held:
+                _write(x, y, held_a[: stop - start], law_p, k_p, one)
+                _write(y, x, held_b[: stop - start], law_q, k_q, one)
                 out_a[r, start:stop] = held_a[: stop - start]
-            if want_b:
                 out_b[r, start:stop] = held_b[: stop - start]
+            elif want_a and in_place:
+                _write_over(x, y, law_p, k_p, one)
+            elif want_a:
+                _write(x, y, out_a[r, start:stop], law_p, k_p, one)
+            elif in_place:
+                _write_over(y, x, law_q, k_q, one)
+            else:
+                _write(y, x, out_b[r, start:stop], law_q, k_q, one)
         if want_a and k_p[5] != ZERO:
             out_a[r, token] = narrow(wide(out_a[r, token]) + k_p[5], out_a[r, token])
         if want_b and k_q[5] != ZERO:

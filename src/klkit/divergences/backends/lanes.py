@@ -21,25 +21,32 @@ _F16, _F32 = ir.HalfType(), ir.FloatType()
 _I16, _I32 = ir.IntType(16), ir.IntType(32)
 
 
-def _operation(name: str, arguments: int) -> Any:
+def _operation(name: str, arguments: int, flags: tuple[str, ...] = ()) -> Any:
     """An LLVM operation on single-precision numbers."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         kind = ir.FunctionType(_F32, [_F32] * arguments)
-        return builder.call(builder.module.declare_intrinsic(name, [_F32], kind), values)
+        return builder.call(builder.module.declare_intrinsic(name, [_F32], kind), values, fastmath=flags)
 
     def one(typing: Any, x: Any) -> Any:
         return types.float32(types.float32), generate
 
+    def two(typing: Any, x: Any, y: Any) -> Any:
+        return types.float32(types.float32, types.float32), generate
+
     def three(typing: Any, x: Any, y: Any, z: Any) -> Any:
         return types.float32(types.float32, types.float32, types.float32), generate
 
-    return intrinsic(one if arguments == 1 else three)
+    return intrinsic((one, two, three)[arguments - 1])
 
 
 nearest = _operation("llvm.rint", 1)
 absolute = _operation("llvm.fabs", 1)
 fma = _operation("llvm.fma", 3)
+# The search for a row's largest logit runs in parallel lanes only when it may assume that no NaN comes; a conditional
+# expression loses that assumption on its way to LLVM, and then takes almost as long as all the sums.
+larger = _operation("llvm.maxnum", 2, ("nnan", "nsz"))
+smaller = _operation("llvm.minnum", 2, ("nnan", "nsz"))
 
 
 @intrinsic

@@ -61,8 +61,12 @@ def gradients(
     for rows in _pieces(a, b):
         x, y = _array(a[rows]), _array(b[rows])
         into_x, into_y = (logits if out is None else _array(out[rows]) for out, logits in ((out_a, x), (out_b, y)))
+        in_place = any(
+            out is not None and out.data_ptr() == logits.data_ptr() for out, logits in ((out_a, a), (out_b, b))
+        )
         of_rows = tokens[rows].numpy(), norms[rows].numpy(), slopes[rows].numpy()
-        kernels.gradients(x, y, *of_rows, kernels.ONE, out_a is not None, out_b is not None, into_x, into_y)
+        wanted = out_a is not None, out_b is not None
+        kernels.gradients(x, y, *of_rows, kernels.ONE, *wanted, in_place, into_x, into_y)
 
 
 def _pieces(a: Tensor, b: Tensor) -> Iterator[slice]:
