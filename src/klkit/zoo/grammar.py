@@ -59,7 +59,7 @@ class Grammar:
                         f"expected phrases to lead to later states, got {c.text!r} from {state!r} to {c.next!r}; "
                         f"list every state before those that follow it"
                     )
-            spelt = sorted(" ".join(_symbols(c)) + " " for c in choices)
+            spelt = sorted(" ".join(spelling(c)) + " " for c in choices)
             for a, b in pairwise(spelt):
                 if b.startswith(a):
                     raise ValueError(
@@ -192,10 +192,10 @@ def log_probability(p: Grammar, text: str) -> float:
     """
     words, state, total = (*text.split(), END), p.start, 0.0
     while True:
-        found = next((c for c in p.states[state] if words[: len(_symbols(c))] == _symbols(c)), None)
+        found = next((c for c in p.states[state] if words[: len(spelling(c))] == spelling(c)), None)
         if found is None:
             return -math.inf
-        total, words = total + math.log(found.probability), words[len(_symbols(found)) :]
+        total, words = total + math.log(found.probability), words[len(spelling(found)) :]
         if found.next is None:
             return total
         state = found.next
@@ -234,7 +234,7 @@ def automaton(p: Grammar) -> Automaton:
     edges: dict[tuple[int, str], tuple[float, int]] = {}
     for state, choices in p.states.items():
         for c in choices:
-            spelt = _symbols(c)
+            spelt = spelling(c)
             for k, word in enumerate(spelt):
                 here = nodes[state, spelt[:k]]
                 last = k + 1 == len(spelt)
@@ -255,7 +255,7 @@ def automaton(p: Grammar) -> Automaton:
     return build(probabilities / probabilities.sum(-1, keepdim=True), successors, symbols=words, name=p.name)
 
 
-def _symbols(c: Choice) -> tuple[str, ...]:
+def spelling(c: Choice) -> tuple[str, ...]:
     """The words of a choice, and the end where the string ends with it."""
     return (*c.text.split(), END) if c.next is None else tuple(c.text.split())
 
