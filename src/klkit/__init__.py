@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from klkit.models.spec import load as load
     from klkit.objectives.gradient_check import check_gradient as check_gradient
     from klkit.objectives.policy import kl_surrogate as kl_surrogate
+    from klkit.objectives.policy_linear import linear_kl_surrogate as linear_kl_surrogate
     from klkit.results import Comparison as Comparison
     from klkit.results import Estimate as Estimate
     from klkit.sampling.ancestral import sample as sample
@@ -60,6 +61,7 @@ _HOME = {
     "jensen_shannon": "divergences.mixtures",
     "total_variation": "divergences.f",
     "kl_surrogate": "objectives.policy",
+    "linear_kl_surrogate": "objectives.policy_linear",
     "check_gradient": "objectives.gradient_check",
     "Prompts": "sequences",
     "Sequences": "sequences",

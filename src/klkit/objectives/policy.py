@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from klkit.objectives.policy_weights import PolicyWeights, policy_weights
+
 
 @dataclass(frozen=True, slots=True)
 class Estimator:
@@ -56,8 +58,11 @@ class Surrogate:
         loss: scalar, mean over strings; differentiate it, do not report it.
         value: ``Σ_n w_n D_n`` of each string, detached: their mean estimates KL(p‖q) without bias, ``(n,)``, nats.
         estimator: key of :data:`GRADIENT_ESTIMATORS`.
-        objective: what the gradient of ``loss`` follows, in words, with everything that biases it.
+        objective: what the gradient of the divergence's part of ``loss`` follows, with everything that biases it.
         unbiased: whether that is the divergence between the laws of whole responses.
+        kl: ``D_n``, detached and 0 outside the mask, ``(n, l)``, nats.
+        logp: ``log p(y_n)``, detached and 0 outside the mask, ``(n, l)``.
+        logq: ``log q(y_n)``, detached and 0 outside the mask, ``(n, l)``.
         effective_samples: ``(Σ w)² / Σ w²`` of the prefix weights at each position, ``(l,)``; None on-policy.
     """
 
@@ -66,6 +71,9 @@ class Surrogate:
     estimator: str
     objective: str
     unbiased: bool
+    kl: Float[Tensor, "n l"]
+    logp: Float[Tensor, "n l"]
+    logq: Float[Tensor, "n l"]
     effective_samples: Float[Tensor, " l"] | None = None
 
 
@@ -86,8 +94,10 @@ def kl_surrogate(
     """A scalar whose gradient estimates that of ``KL(p‖q) = E_p Σ_n D_n``, by the named estimator.
 
     ``D_n`` and ``log p(y_n)`` come, differentiable in the policy, from rows of logits
-    (:func:`klkit.divergences.differentiable.divergences`) or from hidden states and heads
-    (:mod:`klkit.divergences.linear`).
+    (:func:`klkit.divergences.differentiable.divergences`). From hidden states and heads, without the logits of all
+    rows, there is :func:`klkit.objectives.policy_linear.linear_kl_surrogate`. For laws at a temperature, divide the
+    logits of both models by it first: the divergence is then that of the tempered laws, from whose policy the
+    strings must come.
 
     Off-policy, strings of ``μ`` are re-weighted by their prefixes, ``w_n = Π_{i<n} p(y_i)/μ(y_i)``: with every
     weight kept, the gradient is unbiased for the current policy.
@@ -130,47 +140,57 @@ def kl_surrogate(
     Language Models, arXiv 2504.10637, theorem 4; the pitfalls it avoids are those of Y. Tang and R. Munos (2025),
     arXiv 2506.09477.
     """
-    _check(estimator, gamma, baseline, group, cap, sampler_logp, mc_share)
+    require_options(estimator, gamma, baseline, group, cap, sampler_logp, mc_share)
     mask = mask.bool()
     kl, logp, logq = (x.masked_fill(~mask, 0.0) for x in (kl, logp, logq))
-    for name, x in (("kl", kl), ("logp", logp), ("logq", logq)):
-        if not bool(x.isfinite().all()):
-            raise ValueError(
-                f"expected finite {name} at every decision of the mask, got {int((~x.isfinite()).sum())} that are not; "
-                f"where q excludes a token of p the divergence is infinite and has no gradient: widen q's support"
-            )
-    before, through = _weights(logp, mask, sampler_logp, cap)
-    d = before * kl.detach()  # w_n D_n
-    u = through * (logp - logq).detach()  # w_{n+1} u_n
-    pathwise = (before * kl).sum(1)
-    if estimator == "token_local":
-        per_string = pathwise
-    elif estimator == "rb_full":
-        # One return for the whole string, so only the weight of the whole string will do.
-        whole = through[:, -1:] if sampler_logp is not None else torch.ones_like(kl[:, :1])
-        per_string = (whole * kl).sum(1) + (whole * kl.detach()).sum(1) * logp.sum(1)
-    else:
-        returns = {"rb": _later(d, gamma), "mc": u + _later(u, gamma), "hybrid": u + _later(d, gamma)}
-        forecast = _forecast(returns["rb"] if estimator == "rb" else returns[estimator], mask, baseline, group)
-        score = ((returns[estimator] - through * forecast) * logp).sum(1)
-        per_string = score + pathwise if estimator == "rb" else score
-        if mc_share:
-            other = ((returns["mc"] - through * forecast) * logp).sum(1)
-            per_string = (1 - mc_share) * per_string + mc_share * other
+    require_finite(kl, logp, logq)
+    found = policy_weights(
+        kl.detach(),
+        logp.detach(),
+        logq.detach(),
+        mask,
+        estimator=estimator,
+        gamma=gamma,
+        baseline=baseline,
+        group=group,
+        sampler_logp=sampler_logp,
+        cap=cap,
+        mc_share=mc_share,
+    )
+    loss = (found.kl * kl + found.logp * logp).sum(1).mean()
+    return described(loss, found, kl, logp, logq, mask, estimator=estimator, gamma=gamma, cap=cap)
+
+
+def described(
+    loss: Tensor,
+    found: PolicyWeights,
+    kl: Tensor,
+    logp: Tensor,
+    logq: Tensor,
+    mask: Tensor,
+    *,
+    estimator: str,
+    gamma: float,
+    cap: float | None,
+) -> Surrogate:
+    """The loss with what its gradient follows, and with the numbers that it was made of."""
     known = GRADIENT_ESTIMATORS[estimator]
     biases = []
     if gamma != 1 and estimator != "token_local":
         biases.append(f"later divergences discounted by {gamma:g} a decision")
-    capped = cap is not None and bool((before >= cap).any())
-    if capped:
+    if cap is not None and bool(found.cut):
         biases.append(f"prefix weights capped at {cap:g}")
+    weighted = kl.detach() if found.prefix is None else found.prefix * kl.detach()
     return Surrogate(
-        loss=per_string.mean(),
-        value=d.sum(1),
+        loss=loss,
+        value=weighted.sum(1),
         estimator=estimator,
         objective=", ".join([known.objective, *biases]),
         unbiased=known.unbiased and not biases,
-        effective_samples=None if sampler_logp is None else _effective(before, mask),
+        kl=kl.detach(),
+        logp=logp.detach(),
+        logq=logq.detach(),
+        effective_samples=None if found.prefix is None else _effective(found.prefix, mask),
     )
 
 
@@ -209,7 +229,7 @@ def best_share(
     return torch.stack(shares)
 
 
-def _check(
+def require_options(
     estimator: str,
     gamma: float,
     baseline: Tensor | None,
@@ -218,6 +238,11 @@ def _check(
     sampler_logp: Tensor | None,
     mc_share: float,
 ) -> None:
+    """Refuse options of :func:`kl_surrogate` that are out of range or exclude each other.
+
+    Raises:
+        ValueError: they do.
+    """
     if estimator not in GRADIENT_ESTIMATORS:
         raise ValueError(f"expected an estimator among {', '.join(GRADIENT_ESTIMATORS)}, got {estimator!r}")
     if not 0 <= gamma <= 1:
@@ -236,37 +261,18 @@ def _check(
         raise ValueError(f"expected mc_share with rb only, got it with {estimator}")
 
 
-def _later(x: Tensor, gamma: float) -> Tensor:
-    """``Σ_{j>n} γ^{j−n} x_j`` at every ``n``."""
-    if gamma == 1:
-        return x.flip(1).cumsum(1).flip(1) - x
-    out, carry = torch.zeros_like(x), torch.zeros_like(x[:, 0])
-    for n in range(x.shape[1] - 1, -1, -1):
-        out[:, n] = carry
-        carry = gamma * (x[:, n] + carry)
-    return out
+def require_finite(kl: Tensor, logp: Tensor, logq: Tensor) -> None:
+    """Refuse divergences without a gradient.
 
-
-def _weights(logp: Tensor, mask: Tensor, sampler_logp: Tensor | None, cap: float | None) -> tuple[Tensor, Tensor]:
-    """Weights of the prefix before each decision, and of that with the decision's own token."""
-    if sampler_logp is None:
-        return torch.ones_like(logp), torch.ones_like(logp)
-    step = (logp.detach() - sampler_logp).masked_fill(~mask, 0.0)
-    through = step.cumsum(1)
-    before, through = (through - step).exp(), through.exp()
-    return (before, through) if cap is None else (before.clamp(max=cap), through.clamp(max=cap))
-
-
-def _forecast(returns: Tensor, mask: Tensor, baseline: Tensor | None, group: Tensor | None) -> Tensor:
-    """What to subtract from each return: nothing, a given baseline, or the mean over the prompt's other strings."""
-    if group is None:
-        return torch.zeros_like(returns) if baseline is None else baseline.detach().masked_fill(~mask, 0.0)
-    index: Tensor = torch.unique(group, return_inverse=True)[1]
-    alive = mask.to(returns.dtype)
-    shape = (int(index.max()) + 1, returns.shape[1])
-    total = returns.new_zeros(shape).index_add_(0, index, returns * alive)[index] - returns * alive
-    others = returns.new_zeros(shape).index_add_(0, index, alive)[index] - alive
-    return torch.where(others > 0, total / others.clamp(min=1), 0.0)
+    Raises:
+        ValueError: a number is infinite or NaN.
+    """
+    for name, x in (("kl", kl), ("logp", logp), ("logq", logq)):
+        if not bool(x.isfinite().all()):
+            raise ValueError(
+                f"expected finite {name} at every decision of the mask, got {int((~x.isfinite()).sum())} that are not; "
+                f"where q excludes a token of p the divergence is infinite and has no gradient: widen q's support"
+            )
 
 
 def _effective(before: Tensor, mask: Tensor) -> Tensor:
