@@ -24,7 +24,7 @@ from klkit.divergences.linear import Head, Side
 from klkit.divergences.sums import RowSums, norms_of, values
 from klkit.numerics import rows_per_chunk
 
-TRAINED_ROWS, FROZEN_ROWS = 256, 64
+TRAINED_ROWS, FROZEN_ROWS = 192, 64
 """Rows a chunk on a CPU. Where a head is trained, its gradient is read and written once a chunk; else small is free."""
 
 ACCELERATOR_ROWS = 4096

@@ -204,26 +204,26 @@ def probabilities(a: Tensor, norms: Tensor) -> None:
     a.copy_(laws(a, a, norms)[2])
 
 
-def slopes_p(a: Tensor, b: Tensor, norms: Tensor, k: Tensor, mixes: bool) -> Tensor:
+def slopes_p(a: Tensor, b: Tensor, norms: Tensor, k: Tensor, gaps: bool, mixes: bool) -> Tensor:
     """Gradient in the logits of ``p``, but for the drawn token; ``k`` are coefficients ``(m, 6)``."""
     log_p, _, p, q, d = laws(a, b, norms)
-    return slope(log_p, p, q, d, k, mixes)
+    return slope(log_p, p, q, d, k, gaps, mixes)
 
 
-def slopes_q(a: Tensor, b: Tensor, norms: Tensor, k: Tensor, mixes: bool) -> Tensor:
+def slopes_q(a: Tensor, b: Tensor, norms: Tensor, k: Tensor, gaps: bool, mixes: bool) -> Tensor:
     """The same in the logits of ``q``; ``k`` with the sign turned of what is odd in ``d``, as :data:`TURNED` says."""
     _, log_q, p, q, d = laws(a, b, norms)
-    return slope(log_q, q, p, -d, k, mixes)
+    return slope(log_q, q, p, -d, k, gaps, mixes)
 
 
-def slope(log_p: Tensor, p: Tensor, q: Tensor, d: Tensor, k: Tensor, mixes: bool) -> Tensor:
-    """``p (k0 + k1 log p + k2 d) + k3 (q − p) + k4 p log(p/m)``."""
+def slope(log_p: Tensor, p: Tensor, q: Tensor, d: Tensor, k: Tensor, gaps: bool, mixes: bool) -> Tensor:
+    """``p (k0 + k1 log p + k2 d) + k3 (q − p) + k4 p log(p/m)``, without the parts not wanted."""
     k0, k1, k2, k3, k4, _ = k.float()[:, :, None].unbind(1)
     # One-sided exclusion: 0 times a large number, never 0 times infinity.
     inner = k0 + k1 * log_p + k2 * d
     if mixes:
         inner = inner + k4 * mixed(d)[0]
-    return p * inner + k3 * difference(p, q, d)
+    return p * inner + k3 * difference(p, q, d) if gaps else p * inner
 
 
 def write(
@@ -232,13 +232,14 @@ def write(
     norms: Tensor,
     k_p: Tensor,
     k_q: Tensor,
-    mixes: bool,
+    parts_p: tuple[bool, bool],
+    parts_q: tuple[bool, bool],
     out_a: Tensor | bool | None,
     out_b: Tensor | bool | None,
 ) -> None:
     """Gradients into tensors, with True into the logits themselves; both are computed before either is written."""
     # What is not written is not compiled either.
-    found = slopes_p(a, b, norms, k_p, mixes), slopes_q(a, b, norms, k_q, mixes)
+    found = slopes_p(a, b, norms, k_p, *parts_p), slopes_q(a, b, norms, k_q, *parts_q)
     for logits, out, value in zip((a, b), (out_a, out_b), found, strict=True):
         if isinstance(out, Tensor):
             out.copy_(value)

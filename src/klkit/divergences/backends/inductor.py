@@ -94,15 +94,20 @@ def gradients(
         return eager.gradients(a, b, tokens, norms, slopes, out_a, out_b)
     a, b, drawn = a.detach(), b.detach(), tokens[:, None]
     k_p, k_q = slopes[:, :6].contiguous(), slopes[:, 6:] * slopes.new_tensor(graphs.TURNED)
-    mixes = bool(slopes[:, [4, 10]].any())
+    parts_p, parts_q = (
+        (False, False) if out is None else (bool(k[:, 3].any()), bool(k[:, 4].any()))
+        for out, k in ((out_a, k_p), (out_b, k_q))
+    )
     # The entries of the drawn tokens apart: a comparison in every entry would cost more.
     few = a.gather(1, drawn), b.gather(1, drawn), norms
-    at_p = graphs.slopes_p(*few, k_p, mixes) + k_p[:, 5:].float()
-    at_q = graphs.slopes_q(*few, k_q, mixes) + k_q[:, 5:].float()
-    _compiled(graphs.write, a.device.type)(a, b, norms, k_p, k_q, mixes, *places)
+    at_p = graphs.slopes_p(*few, k_p, *parts_p) + k_p[:, 5:].float()
+    at_q = graphs.slopes_q(*few, k_q, *parts_q) + k_q[:, 5:].float()
+    rows = torch.arange(len(a), device=a.device)
+    _compiled(graphs.write, a.device.type)(a, b, norms, k_p, k_q, parts_p, parts_q, *places)
     for out, value in ((out_a, at_p), (out_b, at_q)):
         if out is not None:
-            out.detach().scatter_(1, drawn, value.to(out.dtype))
+            # Not scatter_, which copies the whole of a half-precision tensor on a CPU.
+            out.detach()[rows, tokens] = value[:, 0].to(out.dtype)
     return None
 
 
