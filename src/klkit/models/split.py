@@ -136,7 +136,7 @@ class SplitNetwork:
                     f"changes with what comes after it; load a model that was trained to predict the next token"
                 )
             self.size = int(logits.shape[-1])
-            declared = _declared_after_head(self.network.config.get_text_config(decoder=True))
+            declared = declared_after_head(self.network.config.get_text_config(decoder=True))
             for self._factor, self._cap in dict.fromkeys([declared, (1.0, None)]):
                 self._head = head
                 try:
@@ -175,7 +175,7 @@ def _full(x: Tensor) -> bool:
     return x.dtype in (torch.float32, torch.float64)
 
 
-def _declared_after_head(config: Any) -> tuple[float, float | None]:
+def declared_after_head(config: Any) -> tuple[float, float | None]:
     """Factor and soft cap that a configuration declares for logits."""
     factor = 1.0
     for key in LOGIT_FACTORS:
