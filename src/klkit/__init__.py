@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from klkit.models.base import VocabularyMismatch as VocabularyMismatch
     from klkit.models.laws import check_laws as check_laws
     from klkit.models.spec import load as load
+    from klkit.objectives.forward import forward_kl_surrogate as forward_kl_surrogate
     from klkit.objectives.gradient_check import check_gradient as check_gradient
     from klkit.objectives.policy import kl_surrogate as kl_surrogate
     from klkit.objectives.policy_linear import linear_kl_surrogate as linear_kl_surrogate
@@ -61,6 +62,7 @@ _HOME = {
     "jensen_shannon": "divergences.mixtures",
     "total_variation": "divergences.f",
     "kl_surrogate": "objectives.policy",
+    "forward_kl_surrogate": "objectives.forward",
     "linear_kl_surrogate": "objectives.policy_linear",
     "check_gradient": "objectives.gradient_check",
     "Prompts": "sequences",

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from klkit.objectives.policy_weights import PolicyWeights, policy_weights
+from klkit.objectives.policy_weights import PolicyWeights, effective_samples, policy_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +190,7 @@ def described(
         kl=kl.detach(),
         logp=logp.detach(),
         logq=logq.detach(),
-        effective_samples=None if found.prefix is None else _effective(found.prefix, mask),
+        effective_samples=None if found.prefix is None else effective_samples(found.prefix, mask),
     )
 
 
@@ -273,9 +273,3 @@ def require_finite(kl: Tensor, logp: Tensor, logq: Tensor) -> None:
                 f"expected finite {name} at every decision of the mask, got {int((~x.isfinite()).sum())} that are not; "
                 f"where q excludes a token of p the divergence is infinite and has no gradient: widen q's support"
             )
-
-
-def _effective(before: Tensor, mask: Tensor) -> Tensor:
-    """Effective number of strings behind each position, of those that reach it."""
-    w = before.detach() * mask
-    return w.sum(0).square() / w.square().sum(0).clamp(min=torch.finfo(w.dtype).tiny)

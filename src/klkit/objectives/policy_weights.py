@@ -51,7 +51,7 @@ def policy_weights(
     needs the decision at the same place of these, with estimators whose returns begin at the token itself.
     """
     ones = mask.to(kl.dtype)
-    before, through, cut = _prefix_weights(logp, mask, sampler_logp, cap)
+    before, through, cut = prefix_weights(logp, mask, sampler_logp, cap)
     d = before * kl  # w_n D_n
     u = through * (logp - logq)  # w_{n+1} u_n
     if estimator == "token_local":
@@ -79,7 +79,7 @@ def _later(x: Tensor, gamma: float) -> Tensor:
     return torch.nn.functional.pad(gamma * total[:, 1:], (0, 1))
 
 
-def _prefix_weights(
+def prefix_weights(
     logp: Tensor, mask: Tensor, sampler_logp: Tensor | None, cap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights of the prefix before each decision, and of that with the decision's own token; whether any is cut."""
@@ -91,7 +91,7 @@ def _prefix_weights(
     before, through = (through - step).exp(), through.exp()
     if cap is None:
         return before, through, none
-    return before.clamp(max=cap), through.clamp(max=cap), ((before > cap) & mask).any()
+    return before.clamp(max=cap), through.clamp(max=cap), (((before > cap) | (through > cap)) & mask).any()
 
 
 def _forecast(returns: Tensor, mask: Tensor, baseline: Tensor | None, group: Tensor | None) -> Tensor:
@@ -104,3 +104,9 @@ def _forecast(returns: Tensor, mask: Tensor, baseline: Tensor | None, group: Ten
     total = returns.new_zeros(shape).index_add_(0, index, returns * alive)[index] - returns * alive
     others = returns.new_zeros(shape).index_add_(0, index, alive)[index] - alive
     return torch.where(others > 0, total / others.clamp(min=1), 0.0)
+
+
+def effective_samples(before: Tensor, mask: Tensor) -> Tensor:
+    """Effective number of strings behind each position, of those that reach it."""
+    w = before.detach() * mask
+    return w.sum(0).square() / w.square().sum(0).clamp(min=torch.finfo(w.dtype).tiny)
