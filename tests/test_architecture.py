@@ -17,7 +17,7 @@ LEVELS = [
     {"divergences"},
     {"models", "objectives"},
     {"sampling", "estimators"},
-    {"report", "zoo"},
+    {"train", "report", "zoo"},
     {"api"},
     {"integrations"},
     {"cli"},

@@ -149,6 +149,12 @@ class HuggingFaceModel:
         with torch.inference_mode():
             return hidden[row.to(hidden.device), column.to(hidden.device)]
 
+    def trunk(self, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
+        """What enters the head at every column of right-padded ``tokens``; differentiable unless gradients are off."""
+        # Padding on the right needs no mask, since the network is causal; a mask could even leave
+        # padded rows without anything to attend to, and their NaN would spread.
+        return self._network.trunk(tokens, torch.ones_like(tokens))[0]
+
     def readout(self, h: Float[Tensor, "m d"]) -> Float[Tensor, "m v"]:
         """Log-probabilities of the next token, at least in fp32.
 
@@ -233,10 +239,8 @@ class HuggingFaceModel:
             return hidden[torch.arange(len(length), device=hidden.device), (length - 1).to(hidden.device)]
 
     def _read(self, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
-        # Padding on the right needs no mask, since the network is causal; a mask could even leave
-        # padded rows without anything to attend to, and their NaN would spread.
         with torch.inference_mode():
-            return self._network.trunk(tokens, torch.ones_like(tokens))[0]
+            return self.trunk(tokens)
 
     # Checks
 

@@ -1,0 +1,1 @@
+"""Training a policy towards a reward, held to its reference by a KL penalty."""
