@@ -54,6 +54,8 @@ class RaoBlackwellKL(Trainer):  # type: ignore[misc]
         ValueError: ``beta`` is 0, the head is adapted or no plain head, or an option would silently do nothing.
     """
 
+    beta: float
+
     def __init__(self, *args: Any, kl: KLTerm | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.kl = KLTerm() if kl is None else kl
@@ -68,8 +70,7 @@ class RaoBlackwellKL(Trainer):  # type: ignore[misc]
 
     @contextmanager
     def _without_stock_penalty(self) -> Iterator[None]:
-        beta: float = self.beta
-        self.beta = 0.0
+        beta, self.beta = self.beta, 0.0
         try:
             yield
         finally:

@@ -44,7 +44,7 @@ class Scores(ModelOutput):
         reference_log_probs: ``log q(y_n)``; None without a reference.
     """
 
-    log_probs: Tensor | None = None
+    log_probs: Any = None  # accelerate makes a new one from a dictionary of all fields
     entropy: Tensor | None = None
     aux_loss: Tensor | None = None
     kl: Tensor | None = None
@@ -97,9 +97,7 @@ class Seam:
         if self._kept is not None:
             self._kept.append(hidden[:, -self._last :].clone())
             head = head.detach()
-            self.reference_head = (
-                Head(head.weight.clone(), head.bias, head.factor, head.cap) if self._copy_head else head
-            )
+            self.reference_head = replace(head, weight=head.weight.clone()) if self._copy_head else head
             return Scores(log_probs=hidden.new_zeros(labels.shape, dtype=torch.float32))
         mask = labels != -100
         tokens, rows = labels[mask], hidden[mask]
@@ -117,9 +115,8 @@ class Seam:
             # A scatter stays connected to the model where no position is scored, as distributed backward passes need.
             return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
-        scores = Scores(log_probs=spread(found.logp), entropy=spread(found.entropy_p), aux_loss=aux_loss)
-        if reference is not None:
-            scores.kl, scores.reference_log_probs = spread(found.kl), spread(found.logq)
+        compared = (None, None) if reference is None else (spread(found.kl), spread(found.logq))
+        scores = Scores(spread(found.logp), spread(found.entropy_p), aux_loss, *compared)
         self.scores.append(scores)
         return scores
 
@@ -128,8 +125,9 @@ class Seam:
         assert head_q is not None
         if head.tokens != head_q.tokens:
             raise VocabularyMismatch(
-                f"expected a reference over the policy's {head.tokens} tokens, got one over {head_q.tokens}; load both from checkpoints of one vocabulary, or resize the "
-                f"embeddings of the checkpoint that the policy's configuration names"
+                f"expected a reference over the policy's {head.tokens} tokens, got one over {head_q.tokens}; load both "
+                f"from checkpoints of one vocabulary, or resize the embeddings of the one that the policy's "
+                f"configuration names"
             )
         width = reference.shape[1]
         if reference.shape[0] != len(mask) or bool(mask[:, :-width].any()):
