@@ -14,8 +14,37 @@ PLAIN_EVERY = 10.0  # seconds between plain lines
 NATS_PER_BIT = 0.6931471805599453
 
 
+class Line:
+    """A line on standard error that is drawn again and again: at once on a terminal, every few seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+        self._live = sys.stderr.isatty()
+        self._width = 0
+        self._printed = float("-inf")
+
+    def show(self, text: str) -> None:
+        """Show ``text``, cut to 79 columns."""
+        line, now = text[:79], time.monotonic()
+        if self._live:
+            self._stream.write("\r" + line.ljust(self._width))
+            self._stream.flush()
+            self._width = len(line)
+        elif now - self._printed >= PLAIN_EVERY:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+            self._printed = now
+
+    def close(self) -> None:
+        """End the live line."""
+        if self._live and self._width:
+            self._stream.write("\r" + " " * self._width + "\r")
+            self._stream.flush()
+            self._width = 0
+
+
 class Watcher:
-    """Prints progress to standard error; usable as a context manager.
+    """Prints the progress of an estimate to standard error; usable as a context manager.
 
     Attributes:
         last: the latest state seen, or None.
@@ -24,10 +53,7 @@ class Watcher:
     def __init__(self, unit: str) -> None:
         self.last: Progress | None = None
         self._unit = unit
-        self._stream = sys.stderr
-        self._live = sys.stderr.isatty()
-        self._width = 0
-        self._printed = float("-inf")
+        self._line = Line()
 
     def __enter__(self) -> Watcher:
         return self
@@ -38,18 +64,9 @@ class Watcher:
         self.close()
 
     def observe(self, state: Progress) -> None:
-        """Show ``state``: at once on a terminal, every few seconds elsewhere."""
+        """Show ``state``."""
         self.last = state
-        now = time.monotonic()
-        if self._live:
-            line = self.line(state)
-            self._stream.write("\r" + line.ljust(self._width))
-            self._stream.flush()
-            self._width = len(line)
-        elif now - self._printed >= PLAIN_EVERY:
-            self._stream.write(self.line(state) + "\n")
-            self._stream.flush()
-            self._printed = now
+        self._line.show(self.line(state))
 
     def line(self, state: Progress) -> str:
         """One line of at most 79 columns."""
@@ -66,10 +83,7 @@ class Watcher:
 
     def close(self) -> None:
         """End the live line."""
-        if self._live and self._width:
-            self._stream.write("\r" + " " * self._width + "\r")
-            self._stream.flush()
-            self._width = 0
+        self._line.close()
 
 
 def clock(seconds: float) -> str:

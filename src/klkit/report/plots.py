@@ -110,6 +110,37 @@ def per_prompt_figure(spreads: Mapping[str, NDArray[np.float64]]) -> bytes:
         return canvas.png()
 
 
+def reward_kl_figure(evaluations: Sequence[Mapping[str, Any]], best: Sequence[tuple[float, float]] = ()) -> bytes:
+    """Mean reward against KL along a training run, with 95 % intervals of both, as PNG.
+
+    Args:
+        evaluations: records with ``step``, ``kl``, ``kl_lower``, ``kl_upper``, and the same of ``reward``.
+        best: ``(KL, reward)`` that no policy surpasses, where it is known.
+    """
+    rows = [{name: float(value) for name, value in row.items() if name != "method"} for row in evaluations]
+    with _figure(6.0, 3.8) as canvas:
+        axes = canvas.axes
+        kl, reward = (np.array([row[name] for row in rows]) for name in ("kl", "reward"))
+        light: dict[str, Any] = {"color": BLUE, "alpha": 0.3, "lw": 1}
+        for row in rows:
+            axes.plot([row["kl_lower"], row["kl_upper"]], [row["reward"]] * 2, **light)
+            axes.plot([row["kl"]] * 2, [row["reward_lower"], row["reward_upper"]], **light)
+        axes.plot(kl, reward, "o-", color=BLUE, ms=4, lw=1, label="the run, 95 % intervals over prompts")
+        for row in rows[:1] + rows[1:][-1:]:
+            axes.annotate(
+                f"step {row['step']:g}", (row["kl"], row["reward"]), (5, -11), textcoords="offset points", fontsize=8
+            )
+        if best:
+            reach = max(1.0, float(np.nanmax([row["kl_upper"] for row in rows] + [np.nanmax(kl)])))
+            shown = [point for point in best if point[0] <= reach]
+            axes.plot(*zip(*shown, strict=True), color=GREY, lw=1.2, ls="--", label="best possible (exact)")
+        axes.set_xlabel("KL(policy‖reference), nats per response")
+        axes.set_ylabel("mean reward")
+        axes.set_xlim(left=0)
+        axes.legend(frameon=False, loc="lower right")
+        return canvas.png()
+
+
 class _figure:
     """A small figure in klkit's style, without pyplot's global state."""
 

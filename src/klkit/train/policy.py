@@ -38,6 +38,11 @@ class Policy:
     adapter: Any = None
 
     @property
+    def saved(self) -> Any:
+        """What ``save_pretrained`` is called on: the whole network, or its adapter alone."""
+        return self.model.model if self.adapter is None else self.adapter
+
+    @property
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """What is trained, by name, in an order that does not change."""
         found = self.model.model.named_parameters()
