@@ -39,7 +39,8 @@ def test_klkit_commands_run(page, tmp_path, monkeypatch, capsys):
             if words[1] == "estimate" and "--samples" not in words and "--text" not in words:
                 words += ["--samples", "4" if "--prompts" in words else "32"]
             if words[1] == "reproduce":
-                words += ["--pool", "20", "--count", "3", "--max-tokens", "10"]
+                small = ["--pool", "20", "--count", "3", "--max-tokens", "10"]
+                words += small if words[2] == "estimators" else ["--smoke"]
             if words[1] in ("zoo", "demo"):
                 continue  # built and run in tests of their own
             with pytest.raises(SystemExit) as stop:

@@ -1,17 +1,36 @@
-"""``klkit reproduce``: tables of papers, on models at hand."""
+"""``klkit reproduce``: experiments of papers, on models at hand."""
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
-from typing import Annotated
+from types import TracebackType
+from typing import Annotated, Any
 
 import typer
 
-WHAT = ("estimators",)
+from klkit.cli.progress import PLAIN_EVERY, clock
+
+reproduce_app = typer.Typer(
+    help="Reproduce a paper's experiment: estimators, gradient or rlhf.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Out = Annotated[Path, typer.Option(help="Folder for tables, figures and finished pieces; what is there is not redone.")]
+Workers = Annotated[int | None, typer.Option(help="Processes, by default one a core; each computes with one thread.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="Everything in seconds, far too small to say anything.")]
 
 
-def reproduce_command(
-    what: Annotated[str, typer.Argument(help="estimators: the estimator table of arXiv 2504.10637.")] = "estimators",
+@reproduce_app.callback(invoke_without_command=True)
+def reproduce_command(context: typer.Context) -> None:
+    """Reproduce a paper's experiment; without a name, the estimator table."""
+    if context.invoked_subcommand is None:
+        context.invoke(estimators_command)
+
+
+@reproduce_app.command("estimators")
+def estimators_command(
     p: Annotated[str, typer.Option("--p", help="Model that generates.")] = "klkit:docs-tuned",
     q: Annotated[
         str, typer.Option("--q", help="Model compared with it; with network: lvwerra/gpt2-imdb and a tuned twin.")
@@ -25,12 +44,10 @@ def reproduce_command(
         "klkit-reproduce"
     ),
 ) -> None:
-    """Reproduce a paper's table: mean, spread and negative share of each estimator."""
+    """The estimator table of arXiv 2504.10637: mean, spread and negative share of each estimator."""
     from klkit.api.reproduce import reproduce_estimators, save_table
     from klkit.cli.progress import Watcher
 
-    if what not in WHAT:
-        raise ValueError(f"expected what to reproduce to be one of {', '.join(WHAT)}, got {what!r}")
     with Watcher("nats") as watcher:
         table = reproduce_estimators(
             p,
@@ -49,3 +66,80 @@ def reproduce_command(
     typer.echo(table.to_markdown())
     save_table(table, out)
     typer.echo(f"\nsaved in {out}")
+
+
+@reproduce_app.command("gradient")
+def gradient_command(
+    prompts: Annotated[int | None, typer.Option(help="Prompts a batch, one string each.")] = None,
+    rollouts: Annotated[int | None, typer.Option(help="Independent batches at each checkpoint.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Names every random draw.")] = None,
+    workers: Workers = None,
+    smoke: Smoke = False,
+    out: Out = Path("klkit-reproduce-gradient"),
+) -> None:
+    """Variance of each estimator of the KL gradient along a training run; minutes on two cores."""
+    from dataclasses import replace
+
+    from klkit.api.jobs import cores
+    from klkit.api.reproduce_gradient import SMOKE, GradientStudy, reproduce_gradient
+    from klkit.api.reproduce_report import save_gradient
+
+    given: dict[str, Any] = {"prompts": prompts, "rollouts": rollouts, "seed": seed}
+    study = replace(SMOKE if smoke else GradientStudy(), **{k: v for k, v in given.items() if v is not None})
+    with Countdown("checkpoints") as countdown:
+        rows = reproduce_gradient(study, out, workers=workers or cores(), observe=countdown.observe)
+    typer.echo(save_gradient(study, rows, out))
+    typer.echo(f"saved in {out}")
+
+
+@reproduce_app.command("rlhf")
+def rlhf_command(
+    steps: Annotated[int | None, typer.Option(help="Training steps of a run.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Repeated runs of each penalty and coefficient.")] = None,
+    workers: Workers = None,
+    smoke: Smoke = False,
+    out: Out = Path("klkit-reproduce-rlhf"),
+) -> None:
+    """Sentiment control with every KL penalty: scatter between runs, Pareto frontiers, tests; minutes on two cores."""
+    from dataclasses import replace
+
+    from klkit.api.jobs import cores
+    from klkit.api.reproduce_report import save_rlhf
+    from klkit.api.reproduce_rlhf import SMOKE, Study, held_out_prompts, reproduce_rlhf
+    from klkit.api.tradeoff import analyse, exact_frontier
+
+    given: dict[str, Any] = {"steps": steps, "seeds": seeds}
+    study = replace(SMOKE if smoke else Study(), **{k: v for k, v in given.items() if v is not None})
+    exact = exact_frontier(study, held_out_prompts(study))
+    with Countdown("runs") as countdown:
+        points = reproduce_rlhf(study, out, workers=workers or cores(), observe=countdown.observe)
+    typer.echo(save_rlhf(analyse(study, points, exact), out))
+    typer.echo(f"saved in {out}")
+
+
+class Countdown:
+    """A line on standard error: pieces done, and how long the rest will take."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.printed, self.width = what, float("-inf"), 0
+
+    def __enter__(self) -> Countdown:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.width:
+            sys.stderr.write("\r" + " " * self.width + "\r")
+            sys.stderr.flush()
+
+    def observe(self, done: int, total: int, left: float) -> None:
+        """Show where the work stands: at once on a terminal, every few seconds elsewhere."""
+        line = f"{done}/{total} {self.what}, {clock(left)} left"
+        if sys.stderr.isatty():
+            sys.stderr.write("\r" + line.ljust(self.width))
+            self.width = len(line)
+        elif time.monotonic() - self.printed >= PLAIN_EVERY:
+            sys.stderr.write(line + "\n")
+            self.printed = time.monotonic()
+        sys.stderr.flush()
