@@ -207,20 +207,28 @@ def probabilities(a: Tensor, norms: Tensor) -> None:
 def slopes_p(a: Tensor, b: Tensor, norms: Tensor, k: Tensor, gaps: bool, mixes: bool) -> Tensor:
     """Gradient in the logits of ``p``, but for the drawn token; ``k`` are coefficients ``(m, 6)``."""
     log_p, _, p, q, d = laws(a, b, norms)
-    return slope(log_p, p, q, d, k, gaps, mixes)
+    return slope(log_p, p, q, d, k, lost(norms[:, 2], k), gaps, mixes)
 
 
 def slopes_q(a: Tensor, b: Tensor, norms: Tensor, k: Tensor, gaps: bool, mixes: bool) -> Tensor:
     """The same in the logits of ``q``; ``k`` with the sign turned of what is odd in ``d``, as :data:`TURNED` says."""
     _, log_q, p, q, d = laws(a, b, norms)
-    return slope(log_q, q, p, -d, k, gaps, mixes)
+    return slope(log_q, q, p, -d, k, lost(norms[:, 2] + norms[:, 3], k), gaps, mixes)
 
 
-def slope(log_p: Tensor, p: Tensor, q: Tensor, d: Tensor, k: Tensor, gaps: bool, mixes: bool) -> Tensor:
-    """``p (k0 + k1 log p + k2 d) + k3 (q − p) + k4 p log(p/m)``, without the parts not wanted."""
+def lost(norm: Tensor, k: Tensor) -> Tensor:
+    """What single precision takes from the first coefficient, and from the norm under the second, ``(m, 1)``.
+
+    All of a row would shift by it: too little to see in an entry, and plain to see in their sum.
+    """
+    return ((k[:, 0] - k[:, 0].float().double()) + k[:, 1] * (norm.float().double() - norm)).float()[:, None]
+
+
+def slope(log_p: Tensor, p: Tensor, q: Tensor, d: Tensor, k: Tensor, rest: Tensor, gaps: bool, mixes: bool) -> Tensor:
+    """``p (k0 + k1 log p + k2 d) + k3 (q − p) + k4 p log(p/m)``, without the parts not wanted; ``rest`` joins k0."""
     k0, k1, k2, k3, k4, _ = k.float()[:, :, None].unbind(1)
     # One-sided exclusion: 0 times a large number, never 0 times infinity.
-    inner = k0 + k1 * log_p + k2 * d
+    inner = (k0 + k1 * log_p + k2 * d) + rest
     if mixes:
         inner = inner + k4 * mixed(d)[0]
     return p * inner + k3 * difference(p, q, d) if gaps else p * inner
