@@ -23,7 +23,7 @@ app.command("run", rich_help_panel=MEASURE)(estimate.run_command)
 app.command("demo", rich_help_panel=MEASURE)(estimate.demo_command)
 app.command("report", rich_help_panel=LOOK)(zoo.report_command)
 app.command("models", rich_help_panel=LOOK)(zoo.models_command)
-app.command("reproduce", rich_help_panel=MAKE)(reproduce.reproduce_command)
+app.add_typer(reproduce.reproduce_app, name="reproduce", rich_help_panel=MAKE)
 app.add_typer(zoo.zoo_app, name="zoo", rich_help_panel=MAKE)
 
 

@@ -22,13 +22,6 @@ Workers = Annotated[int | None, typer.Option(help="Processes, by default one a c
 Smoke = Annotated[bool, typer.Option("--smoke", help="Everything in seconds, far too small to say anything.")]
 
 
-@reproduce_app.callback(invoke_without_command=True)
-def reproduce_command(context: typer.Context) -> None:
-    """Reproduce a paper's experiment; without a name, the estimator table."""
-    if context.invoked_subcommand is None:
-        context.invoke(estimators_command)
-
-
 @reproduce_app.command("estimators")
 def estimators_command(
     p: Annotated[str, typer.Option("--p", help="Model that generates.")] = "klkit:docs-tuned",
