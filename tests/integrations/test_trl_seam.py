@@ -8,6 +8,8 @@ import torch
 trl = pytest.importorskip("trl", reason="TRL is not installed: make test-trl installs it and runs this")
 
 from peft import LoraConfig
+from tests.integrations.test_trl import batch_of, build, lora, network
+from tests.tiny import folder
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
@@ -18,8 +20,6 @@ from klkit.integrations.trl import KLTerm
 from klkit.integrations.trl.seam import Seam, attach
 from klkit.models.base import VocabularyMismatch
 from klkit.zoo.catalogue import path
-from tests.integrations.test_trl import batch_of, build, lora, network
-from tests.tiny import folder
 
 KINDS = ["gpt2", "llama", "gemma2", "cohere", "granite", "mamba"]
 
