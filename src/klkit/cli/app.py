@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from klkit.cli import estimate, reproduce, zoo
+from klkit.cli import estimate, explain, reproduce, train, zoo
 
 app = typer.Typer(
     name="klkit",
@@ -21,9 +21,11 @@ MEASURE, LOOK, MAKE = "Measure", "Look", "Make"
 app.command("estimate", rich_help_panel=MEASURE, epilog=estimate.EXAMPLES)(estimate.estimate_command)
 app.command("run", rich_help_panel=MEASURE)(estimate.run_command)
 app.command("demo", rich_help_panel=MEASURE)(estimate.demo_command)
+app.command("explain", rich_help_panel=LOOK, epilog=explain.EXAMPLES)(explain.explain_command)
 app.command("report", rich_help_panel=LOOK)(zoo.report_command)
 app.command("models", rich_help_panel=LOOK)(zoo.models_command)
 app.add_typer(reproduce.reproduce_app, name="reproduce", rich_help_panel=MAKE)
+app.add_typer(train.train_app, name="train", rich_help_panel=MAKE)
 app.add_typer(zoo.zoo_app, name="zoo", rich_help_panel=MAKE)
 
 
