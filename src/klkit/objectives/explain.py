@@ -1,19 +1,19 @@
 """What a configured KL penalty optimises: its formula, its gradient, and whose gradient that is.
 
 The losses here are written as trainers write them, so that :func:`klkit.objectives.gradient_check.check_gradient` can
-say what they do. None of them is klkit's own; those are in :mod:`klkit.objectives.policy`.
+say what they do. Those of known libraries are in :mod:`klkit.objectives.presets`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from klkit.objectives.gradient_check import GradientReport, check_gradient
-from klkit.objectives.policy import kl_surrogate
+from klkit.objectives.policy_weights import policy_weights
 from klkit.objectives.toy import Batch
 
 TERMS: dict[str, tuple[str, Callable[[Batch], Tensor]]] = {
@@ -26,13 +26,13 @@ TERMS: dict[str, tuple[str, Callable[[Batch], Tensor]]] = {
 """What is computed at each decision; ``u_n = log p(y_n) − log q(y_n)``, ``D_n`` the full next-token divergence."""
 
 PLACEMENTS = {
-    "loss": "L = Σ_n {w}{k}",
-    "reward": "L = sg(Σ_j {w}{k_j}) Σ_n log p(y_n)",
-    "reward_to_go": "L = Σ_n sg(Σ_{{j≥n}} {w}{k_j}) log p(y_n)",
-    "advantage": "L = Σ_n sg({w}{k}) log p(y_n)",
-    "rb": "L = Σ_n [{w}{k} + sg(Σ_{{j>n}} {w}{k_j}) log p(y_n)]",
+    "loss": "Σ_n {w_n}{k_n}",
+    "reward": "sg(Σ_j {w_j}{k_j}) Σ_n log p(y_n)",
+    "reward_to_go": "Σ_n sg(Σ_{{j≥n}} {w_j}{k_j}) log p(y_n)",
+    "advantage": "Σ_n sg({w_n}{k_n}) log p(y_n)",
+    "rb": "Σ_n [{w_n}{k_n} + sg(Σ_{{j>n}} {w_j}{k_j}) log p(y_n)]",
 }
-"""Where it enters, and the loss that follows; ``sg`` stops the gradient."""
+"""Where it enters, and the loss of a response that follows; ``sg`` stops the gradient."""
 
 WEIGHTS = {
     "none": "",
@@ -41,6 +41,28 @@ WEIGHTS = {
     "prefix": "w_n ",
 }
 """Corrections for strings of an older policy μ: ``r_n = p(y_n)/μ(y_n)``, ``w_n = Π_{i<n} p(y_i)/μ(y_i)``."""
+
+SLOPES = {"k1": "s_n", "k2": "u_n s_n", "k3": "(1 − exp(−u_n)) s_n", "abs": "sign(u_n) s_n", "full": "∇D_n"}
+"""Gradient of each of :data:`TERMS` at a fixed prefix, ``s_n = ∇log p(y_n)``."""
+
+WEIGHTED_SLOPES = {
+    "k1": "r_n (1 + u_n) s_n",
+    "k2": "r_n (½ u_n² + u_n) s_n",
+    "k3": "r_n u_n s_n",
+    "abs": "r_n (|u_n| + sign(u_n)) s_n",
+    "full": "r_n (∇D_n + D_n s_n)",
+}
+"""The same times ``r_n``, which has a gradient of its own, ``r_n s_n``."""
+
+SYMBOLS = {
+    "u_n": "log p(y_n) − log q(y_n)",
+    "D_n": "Σ_a p_n(a) log(p_n(a)/q_n(a)), the next-token divergence",
+    "s_n": "∇log p(y_n)",
+    "r_n": "p(y_n)/μ(y_n), μ the policy that drew the strings",
+    "w_n": "Π_{i<n} p(y_i)/μ(y_i)",
+    "sg": "stops the gradient",
+}
+"""What the symbols of the formulas mean."""
 
 NORMALISERS = ("sum", "length")
 
@@ -82,6 +104,8 @@ class Penalty:
             raise ValueError(
                 f"expected the estimator full with the placement rb, got {self.estimator}; use reward_to_go"
             )
+        if self.placement == "rb" and self.weight == "token_detached":
+            raise ValueError("expected the weight none, token or prefix with the placement rb, got token_detached")
         if not self.detach and self.placement != "reward":
             raise ValueError(f"expected detach=False with the placement reward only, got {self.placement}")
         if self.gradient and self.placement != "loss":
@@ -89,14 +113,6 @@ class Penalty:
 
     def __call__(self, batch: Batch) -> Tensor:
         """The penalty of a batch, mean over its strings."""
-        if self.placement == "rb":
-            return kl_surrogate(
-                TERMS["full"][1](batch),
-                batch.logp,
-                batch.logq,
-                batch.mask,
-                sampler_logp=batch.old if self.weight == "prefix" else None,
-            ).loss
         ratio = (batch.logp - batch.old).exp()
         step = (batch.logp - batch.old).masked_fill(~batch.mask, 0.0)
         weight = {
@@ -111,7 +127,9 @@ class Penalty:
             term = term.detach() + slope - slope.detach()
         term = (weight * term).masked_fill(~batch.mask, 0.0)
         score = batch.logp.masked_fill(~batch.mask, 0.0)
-        if self.placement == "loss":
+        if self.placement == "rb":
+            per_token = self._rao_blackwell(batch, score, ratio)
+        elif self.placement == "loss":
             per_token = term
         elif self.placement == "reward":
             whole = term.sum(1, keepdim=True)
@@ -125,68 +143,79 @@ class Penalty:
         total = per_token.sum(1)
         return (total / batch.mask.sum(1) if self.normalise == "length" else total).mean()
 
+    def _rao_blackwell(self, batch: Batch, score: Tensor, ratio: Tensor) -> Tensor:
+        """Each token's part of the pathwise loss with later divergences on its score."""
+        sampler = batch.old if self.weight == "prefix" else None
+        d, logp, logq = (x.masked_fill(~batch.mask, 0.0) for x in (TERMS["full"][1](batch), batch.logp, batch.logq))
+        numbers = d.detach(), logp.detach(), logq.detach()
+        weights = policy_weights(*numbers, batch.mask, estimator="rb", sampler_logp=sampler)
+        # The ratio's gradient is its value times the score.
+        scored = ratio.masked_fill(~batch.mask, 0.0) if self.weight == "token" else score
+        return weights.kl * d + weights.logp * scored
+
     @property
     def formula(self) -> str:
         """The loss of one response, in symbols."""
         symbol = TERMS[self.estimator][0]
         k = symbol if self.estimator in ("k1", "full") else f"({symbol})"
-        text = PLACEMENTS[self.placement].format(w=WEIGHTS[self.weight], k=k, k_j=k.replace("_n", "_j"))
-        if self.weight != "none" and self.placement in ("reward", "reward_to_go"):
-            text = text.replace("r_n (", "r_j (").replace("w_n (", "w_j (")
+        w = WEIGHTS[self.weight]
+        if self.placement == "rb" and self.weight != "none":
+            text = {
+                "token": "Σ_n [D_n + sg(Σ_{j>n} D_j) r_n]",
+                "prefix": "Σ_n [sg(w_n) D_n + sg(Σ_{j>n} w_j D_j) log p(y_n)]",
+            }[self.weight]
+        else:
+            at_j = {"w_j": w.replace("_n", "_j"), "k_j": k.replace("_n", "_j")}
+            text = PLACEMENTS[self.placement].format(w_n=w, k_n=k, **at_j)
         if not self.detach:
-            text += f" + Σ_n {k}"
+            text += f" + Σ_n {w}{k}"
         if self.gradient is not None:
             text += f", with the gradient of {TERMS[self.gradient][0]}"
-        if self.normalise == "length":
-            text += ", all divided by the response's length"
-        return text
+        return f"L = {text}" + self._over_length
 
+    @property
+    def slope(self) -> str:
+        """The gradient of that loss, in symbols."""
+        k = TERMS[self.estimator][0]
+        k = k if self.estimator in ("k1", "full") else f"({k})"
+        w = WEIGHTS[self.weight].replace("sg(r_n)", "r_n")
+        later = f"{w}{k}".replace("_n", "_j")
+        inside = f"{w}{SLOPES[self.gradient or self.estimator]}"
+        if self.weight == "token":
+            inside = WEIGHTED_SLOPES[self.estimator] if self.gradient is None else f"r_n ({inside[4:]} + {k} s_n)"
+        elif self.weight == "prefix":
+            inside = f"w_n [{inside[4:]} + {k} Σ_{{i<n}} s_i]"
+        if self.placement == "rb":
+            inside = {"none": "∇D_n", "token": "∇D_n", "prefix": "w_n ∇D_n"}[self.weight]
+            scored = "r_n s_n" if self.weight == "token" else "s_n"
+            text = f"Σ_n [{inside} + {scored} Σ_{{j>n}} {'w_j ' if self.weight == 'prefix' else ''}D_j]"
+        else:
+            text = {
+                "loss": f"Σ_n {inside}",
+                "reward": f"(Σ_j {later}) Σ_n s_n",
+                "reward_to_go": f"Σ_n s_n Σ_{{j≥n}} {later}",
+                "advantage": f"Σ_n {w}{k} s_n",
+            }[self.placement]
+        if not self.detach:
+            text += f" + Σ_n {inside}"
+        return f"∇L = {text}" + self._over_length
 
-PRESETS: dict[str, tuple[str, Penalty]] = {
-    "klkit": ("klkit's rb", Penalty("full", "rb")),
-    "klkit-off-policy": ("klkit's rb with prefix weights", Penalty("full", "rb", "prefix")),
-    "kl-rb": ("rycolab/kl-rb, the paper's released code", Penalty("full", "reward", detach=False)),
-    "trl-rloo": ("TRL RLOOTrainer", Penalty("k1", "reward")),
-    "trl-grpo": ("TRL GRPOTrainer since 1.10", Penalty("k3", "loss", "token")),
-    "trl-grpo-before-1.10": ("TRL GRPOTrainer before 1.10", Penalty("k3", "loss")),
-    "trl-distillation": ("TRL's distillation trainers on the student's text", Penalty("full", "loss")),
-    "verl": ("verl, use_kl_loss with low_var_kl", Penalty("k3", "loss")),
-    "verl-reward": ("verl, use_kl_in_reward", Penalty("k1", "reward_to_go")),
-    "verl-plus": ("verl, k3+", Penalty("k3", "loss", gradient="k2")),
-    "openrlhf": ("OpenRLHF, KL in the reward", Penalty("k1", "reward_to_go")),
-    "openrlhf-loss": ("OpenRLHF, KL loss switched on without another estimator", Penalty("k1", "loss")),
-    "openrlhf-unbiased": ("OpenRLHF, unbiased_gradient", Penalty("k2", "loss", "token_detached")),
-    "skyrl": ("SkyRL, KL loss", Penalty("k3", "loss")),
-    "skyrl-reward": ("SkyRL, KL in the reward with its default estimator", Penalty("k3", "reward")),
-    "slime": ("slime, KL loss switched on without another estimator", Penalty("k1", "loss")),
-    "slime-unbiased": ("slime, use-unbiased-kl", Penalty("k3", "loss", "token")),
-    "nemo-rl": ("NeMo-RL", Penalty("k3", "loss", "token")),
-    "open-instruct": ("open-instruct", Penalty("k3", "loss")),
-    "prime-rl": ("prime-rl, ref_kl; tinker; slime's distillation", Penalty("k1", "advantage")),
-    "miles": (
-        "full divergence detached as the token's own advantage (radixark/miles #2362)",
-        Penalty("full", "advantage"),
-    ),
-}
-"""What libraries do, by name: a description and the penalty, as read in their sources in 2026."""
+    @property
+    def _over_length(self) -> str:
+        return ", all divided by the response's length" if self.normalise == "length" else ""
+
+    @property
+    def symbols(self) -> dict[str, str]:
+        """What the symbols in :attr:`formula` and :attr:`slope` mean."""
+        text = (self.formula + self.slope).replace("_j", "_n").replace("_i", "_n")
+        return {name: meaning for name, meaning in SYMBOLS.items() if name in text}
 
 
 def explain(penalty: Penalty, *, off_policy: bool = False) -> GradientReport:
     """What the gradient of ``penalty`` follows, by exact enumeration; see :func:`check_gradient`.
 
     Example:
-        >>> explain(PRESETS["verl"][1]).target
+        >>> explain(Penalty("k3", "loss")).target
         'token_local_forward'
     """
     return check_gradient(penalty, off_policy=off_policy)
-
-
-def customised(preset: str, **changes: object) -> Penalty:
-    """The penalty of ``preset`` with other parts.
-
-    Raises:
-        ValueError: no such preset, or parts that do not go together.
-    """
-    if preset not in PRESETS:
-        raise ValueError(f"expected a preset among {', '.join(PRESETS)}, got {preset!r}")
-    return replace(PRESETS[preset][1], **changes)  # type: ignore[arg-type]
