@@ -105,6 +105,7 @@ def lora_policy(
 
     Source: E. J. Hu et al. (2021), LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685.
     """
+    from klkit.models.checkpoints import quiet
     from klkit.models.hf import HuggingFaceModel
 
     if importlib.util.find_spec("peft") is None:
@@ -122,7 +123,7 @@ def lora_policy(
     )
     try:
         # The library starts adapters from the global generator; its draws are put back, and replaced below.
-        with torch.random.fork_rng(devices=[]):
+        with quiet(), torch.random.fork_rng(devices=[]):
             wrapped: Any = peft.get_peft_model(network, config)
     except ValueError as error:
         raise ValueError(

@@ -184,7 +184,7 @@ def step_prompts(count: int, step: int, recipe: Recipe) -> list[int]:
 
     Example:
         >>> step_prompts(3, 0, Recipe(prompts=2)) + step_prompts(3, 1, Recipe(prompts=2))
-        [1, 1, 2, 2, 0, 0, 0, 0]
+        [0, 0, 2, 2, 1, 1, 2, 2]
     """
     places = range(step * recipe.prompts, (step + 1) * recipe.prompts)
     orders = {e: numpy_stream(recipe.seed, "prompts", e).permutation(count) for e in {i // count for i in places}}
