@@ -5,14 +5,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.bench
+TRAINERS := $(VENV)/.trl
 
-.PHONY: demo test check coverage-table bench clean
+.PHONY: demo test test-trl check coverage-table bench clean
 
 demo: $(STAMP)
 	$(BIN)/klkit demo
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The tests that need TRL, which the ones above skip.
+test-trl: $(TRAINERS)
+	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/integrations/test_trl*.py src/klkit/integrations/trl
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -42,6 +47,10 @@ $(PEERS): $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps liger-kernel
 	touch $(PEERS)
+
+$(TRAINERS): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[trl,test]"
+	touch $(TRAINERS)
 
 clean:
 	rm -rf $(VENV) dist build

@@ -1,7 +1,7 @@
 """GRPO with the KL term done right: five lines change against stock TRL (marked), the rest is TRL as ever.
 
-    pip install 'klkit[trl]'
-    python examples/07_trl.py
+pip install 'klkit[trl]'
+python examples/07_trl.py
 """
 
 from datasets import Dataset
@@ -35,6 +35,8 @@ trainer.add_callback(KLMonitorCallback(trainer, "klkit:reviews", every=10, max_t
 trainer.train()
 for entry in trainer.state.log_history:
     if "kl_monitor" in entry:
-        print(f"step {entry['step']:3d}: KL {entry['kl_monitor']:.4f} ± {entry['kl_monitor/stderr']:.4f} nats a response")
+        print(
+            f"step {entry['step']:3d}: KL {entry['kl_monitor']:.4f} ± {entry['kl_monitor/stderr']:.4f} nats a response"
+        )
     elif "kl" in entry:
-        print(f"step {entry['step']:3d}: reward {entry['reward']:.2f}, kl {entry['kl']:.5f} nats a token")
+        print(f"step {entry['step']:2d}: reward {entry['reward']:.2f}, kl {entry['kl']:.5f} a token")

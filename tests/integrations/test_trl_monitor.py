@@ -15,8 +15,8 @@ from klkit.api.verbs import estimate
 from klkit.integrations.trl import KLMonitorCallback
 from klkit.models.hf import HuggingFaceModel
 
-FEW = {"max_tokens": 8, "samples": 8, "seed": 3}
-HELD_OUT = ["we liked", "the music", "a dull", "critics said", "the ending", "nobody"]
+FEW = {"max_tokens": 8, "samples": 4, "seed": 3}
+HELD_OUT = list(klkit.read_prompts("klkit:reviews").contents)[:24]
 
 
 def logged(trainer, name="kl_monitor"):

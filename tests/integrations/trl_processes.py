@@ -66,6 +66,7 @@ def train(trainer_class, config, adapted, folder):
             disable_tqdm=True,
             use_cpu=True,
             bf16=False,
+            pad_to_multiple_of=8,  # GPT-2 counts positions from the padding on, which is then the same everywhere
         ),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=AutoTokenizer.from_pretrained(path("reviews")),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from klkit.api.prompts import read_prompts
 from klkit.api.verbs import estimate
@@ -92,25 +93,30 @@ class KLMonitorCallback(TrainerCallback):
                 "expected a model that is whole on each process, got one that FSDP or DeepSpeed may have taken apart; "
                 "measure its checkpoints with: klkit estimate"
             )
-        self._measure(state.global_step)
+        self._measure(state.global_step, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure if it is time."""
         if state.global_step % self.every == 0:
-            self._measure(state.global_step)
+            self._measure(state.global_step, control)
 
-    def _measure(self, step: int) -> None:
+    def _measure(self, step: int, control: Any) -> None:
         if not self.trainer.is_world_process_zero():
             return
-        with unchanged(self.trainer.model):
+        model, reference = self.trainer.model, getattr(self.trainer, "ref_model", None)
+        with unchanged(model), unchanged(reference):
             p, q = self._pair()
             comparison = estimate(p, q, self.prompts, **self.options)
         self.history.append(Measurement(step, comparison))
         headline = comparison.headline
         interval = headline.interval()
-        found = {"": headline.value, "/stderr": headline.stderr, "/lower": interval.lower, "/upper": interval.upper}
+        found = {"": headline.value, "/stderr": headline.stderr}
+        if math.isfinite(interval.lower + interval.upper):  # there is none from very few prompts
+            found |= {"/lower": interval.lower, "/upper": interval.upper}
+        due = control.should_log
         # Not the trainer's own method, which in TRL would also write and clear the metrics of unfinished steps.
         Trainer.log(self.trainer, {f"kl_monitor{name}": value for name, value in found.items()})
+        control.should_log = due  # a log that was due for the step is not done with this one
 
     def _pair(self) -> tuple[LanguageModel, LanguageModel]:
         """The model as it is, and the reference."""
@@ -147,8 +153,16 @@ def _switch(model: Any, adapter: str | None) -> Callable[[], None]:
 
 @contextmanager
 def unchanged(model: Any) -> Iterator[None]:
-    """Let a model be read in evaluation mode, with any adapter, and put it back as it was."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Let a model be read as its class does, in evaluation mode, with any adapter, and put it back as it was.
+
+    What trainers put in place of its forward may round (mixed precision, of one model and not of the other).
+    """
+    if model is None:
+        yield
+        return
+    modules = list(model.modules())
+    modes = [(module, module.training) for module in modules]
+    forwards = [(m, vars(m).pop("forward")) for m in modules if isinstance(m, PreTrainedModel) and "forward" in vars(m)]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     adapter = model.active_adapter if _has_adapter(model) else None
     try:
@@ -158,5 +172,7 @@ def unchanged(model: Any) -> Iterator[None]:
             _switch(model, adapter)()
         for module, mode in modes:
             module.training = mode
+        for module, forward in forwards:
+            module.forward = forward
         for parameter, needs in trained:
             parameter.requires_grad_(needs)
