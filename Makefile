@@ -17,7 +17,7 @@ test: $(STAMP)
 
 # The tests that need TRL, which the ones above skip.
 test-trl: $(TRAINERS)
-	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/integrations/test_trl*.py src/klkit/integrations/trl
+	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -rs tests/integrations/test_trl*.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .
