@@ -161,7 +161,7 @@ def held_out_prompts(study: Study) -> list[str]:
     return [str(text) for text in read_prompts(MODEL).contents[: study.held_out]]
 
 
-def measure(p: HuggingFaceModel, q: HuggingFaceModel, study: Study, done: int) -> dict[str, float]:
+def measure(p: HuggingFaceModel, q: HuggingFaceModel, study: Study, done: int) -> dict[str, Any]:
     """Reward and KL on the held-out prompts: the same prompts, estimator and random numbers for every policy."""
     prompts = held_out_prompts(study)
     contexts = [p.context(prompt) for prompt in prompts]

@@ -7,7 +7,7 @@ laws of its divergence from ``p(·|x)``. All it takes are sums over the paths of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from klkit.zoo.grammar import Choice, Grammar, reward, spelling
 
@@ -27,16 +27,7 @@ def optimum(p: Grammar, prompt: str, strength: float) -> tuple[float, float]:
         >>> optimum(reviews(), "the plot was dreadful and the", 0.0)[1]
         0.0
     """
-    written, open_choices = follow(p, prompt)
-    log_weight, gain = _ahead(p, strength)
-    possible = math.fsum(c.probability for c in open_choices)
-    terms = [
-        (math.log(c.probability / possible) + strength * reward(c.text) + log_weight[c.next], reward(c.text), c.next)
-        for c in open_choices
-    ]
-    log_z = _log_sum([term for term, _, _ in terms])
-    ahead = math.fsum(math.exp(term - log_z) * (own + gain[after]) for term, own, after in terms)
-    return written + ahead, max(0.0, strength * ahead - log_z)  # rounding alone could go below
+    return _best(*follow(p, prompt), strength, *_ahead(p, strength))
 
 
 def optimal_frontier(p: Grammar, prompts: Sequence[str], strengths: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -47,8 +38,13 @@ def optimal_frontier(p: Grammar, prompts: Sequence[str], strengths: Sequence[flo
     Raises:
         ValueError: as :func:`optimum`.
     """
-    found = [[optimum(p, prompt, strength) for prompt in prompts] for strength in strengths]
-    rewards, divergences = ([math.fsum(pair[i] for pair in row) / len(row) for row in found] for i in (0, 1))
+    places = [follow(p, prompt) for prompt in prompts]
+    rewards, divergences = [], []
+    for strength in strengths:
+        ahead = _ahead(p, strength)
+        found = [_best(*place, strength, *ahead) for place in places]
+        rewards.append(math.fsum(gain for gain, _ in found) / len(found))
+        divergences.append(math.fsum(kl for _, kl in found) / len(found))
     return rewards, divergences
 
 
@@ -70,6 +66,23 @@ def follow(p: Grammar, prompt: str) -> tuple[float, tuple[Choice, ...]]:
                 f"{prompt!r}; openings are whole words, as in klkit:reviews"
             )
         written, words, state = written + reward(done.text), words[len(spelling(done)) :], done.next
+
+
+def _best(
+    written: float,
+    ways: tuple[Choice, ...],
+    strength: float,
+    log_weight: Mapping[str | None, float],
+    gain: Mapping[str | None, float],
+) -> tuple[float, float]:
+    """The optimum after an opening that has earned ``written`` and may go on in some ways."""
+    possible = math.fsum(c.probability for c in ways)
+    terms = [math.log(c.probability / possible) + strength * reward(c.text) + log_weight[c.next] for c in ways]
+    log_z = _log_sum(terms)
+    ahead = math.fsum(
+        math.exp(term - log_z) * (reward(c.text) + gain[c.next]) for term, c in zip(terms, ways, strict=True)
+    )
+    return written + ahead, max(0.0, strength * ahead - log_z)  # rounding alone could go below
 
 
 def _ahead(p: Grammar, strength: float) -> tuple[dict[str | None, float], dict[str | None, float]]:
