@@ -6,8 +6,10 @@ import pytest
 import torch
 from tests.tiny import KINDS, build, tokenizer
 
+from klkit.models import hf
 from klkit.models.checkpoints import quiet
-from klkit.models.hf import HuggingFaceModel
+from klkit.models.hf import HuggingFaceModel, by_length
+from klkit.models.spec import load
 from klkit.sequences import Sequences
 
 # Errors of logic show above 1e-9 in double precision. These three work in single inside (and the
@@ -328,3 +330,20 @@ class TestEnds:
     def test_out_of_range(self):
         with pytest.raises(ValueError, match=r"between 0 and 319, got \[400\]"):
             self.made(ends=[400])
+
+
+def test_strings_of_like_lengths_are_read_together():
+    groups = by_length(torch.tensor([5, 900, 7, 880, 6, 910]))
+    assert [sorted(group.tolist()) for group in groups] == [[1, 3, 5], [0, 2, 4]]
+    assert [group.tolist() for group in by_length(torch.tensor([3, 3, 3]))] == [[0, 1, 2]]
+    assert [group.tolist() for group in by_length(torch.tensor([4]))] == [[0]]
+
+
+def test_groups_of_strings_are_put_back_in_place(monkeypatch):
+    model = load("klkit:reviews")
+    contexts = [torch.arange(3 + i % 4) + 5 for i in range(9)]
+    x = Sequences.pack(contexts, [torch.arange(1 + 7 * i % 23) + 11 for i in range(9)])
+    together = model.encode(x)
+    monkeypatch.setattr(hf, "PASS", 0)
+    assert len(by_length(x.stop - 1)) > 2
+    torch.testing.assert_close(model.encode(x), together, rtol=1e-5, atol=1e-5)

@@ -28,6 +28,8 @@ from klkit.sequences import Content, Sequences
 
 WINDOW_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
 PROBE_LENGTH = 7
+PASS = 256
+"""Padded tokens that are worth another pass through the network."""
 
 
 @dataclass(slots=True)
@@ -45,6 +47,27 @@ class DecodingState:
     width: int
     cache: Any
     tokens: Tensor | None
+
+
+def by_length(lengths: Int[Tensor, " n"]) -> list[Int[Tensor, " _k"]]:
+    """Strings in as many groups of like lengths as reading them without much padding pays for, the longest first.
+
+    A pass costs the padded tokens it reads, and as much again as ``PASS`` tokens.
+
+    Example:
+        >>> by_length(torch.tensor([900, 10, 880, 12]))
+        [tensor([0, 2]), tensor([3, 1])]
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    longest = lengths[order].tolist()
+    groups, most = [len(order)], longest[0] * len(order) + PASS
+    for count in (2, 3, 4, 6, 8):
+        sizes = [len(part) for part in torch.tensor_split(order, min(count, len(order)))]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        cost = sum(longest[start] * size + PASS for start, size in zip(starts, sizes, strict=True))
+        if cost < most:
+            groups, most = sizes, cost
+    return list(torch.split(order, groups))
 
 
 class HuggingFaceModel:
@@ -135,7 +158,7 @@ class HuggingFaceModel:
     # Given strings
 
     def encode(self, x: Sequences) -> Float[Tensor, "m d"]:
-        """Trunk vectors of every decision of the strings ``x``, from one right-padded pass.
+        """Trunk vectors of every decision of the strings ``x``, right-padded, strings of like lengths together.
 
         Raises:
             ValueError: a string does not fit the window.
@@ -143,11 +166,23 @@ class HuggingFaceModel:
         if not x.decisions:
             return torch.zeros(0, self.width, dtype=self.dtype, device=self._network.device)
         self._check_window(int(x.stop.max()))
-        # The last token of a string predicts nothing that is scored, so it is not read.
-        hidden = self._read(x.tokens[:, : int(x.stop.max()) - 1])
         row, column = x.predictors()
+        # The last token of a string predicts nothing that is scored, so it is not read.
+        width = x.stop - 1
+        passes = []
+        for strings in by_length(width):
+            hidden = self._read(x.tokens[strings, : int(width[strings].max())])
+            local = torch.full((len(x),), -1).index_put_((strings,), torch.arange(len(strings)))[row]
+            with torch.inference_mode():
+                here = local[local >= 0].to(hidden.device), column[local >= 0].to(hidden.device)
+                passes.append((local >= 0, hidden[here]))
+        if len(passes) == 1:
+            return passes[0][1]
         with torch.inference_mode():
-            return hidden[row.to(hidden.device), column.to(hidden.device)]
+            found = passes[0][1].new_empty(len(row), passes[0][1].shape[1])
+            for inside, hidden in passes:
+                found[inside.to(hidden.device)] = hidden
+        return found
 
     def trunk(self, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
         """What enters the head at every column of right-padded ``tokens``; differentiable unless gradients are off."""
