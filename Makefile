@@ -17,7 +17,8 @@ test: $(STAMP)
 
 # The tests that need TRL, which the ones above skip.
 test-trl: $(TRAINERS)
-	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -rs tests/integrations/test_trl*.py
+	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -rs \
+		tests/integrations/test_trl*.py tests/test_docs.py tests/test_benchmarks.py -k trl
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -26,8 +26,10 @@ def among_the_benchmarks(monkeypatch: pytest.MonkeyPatch):
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("name", ["logits", "linear", "sampling", "pipeline"])
+@pytest.mark.parametrize("name", ["logits", "linear", "sampling", "pipeline", "trl_step"])
 def test_a_benchmark_runs_and_its_tables_reach_the_page(name, tmp_path, monkeypatch, capsys):
+    if name == "trl_step":
+        pytest.importorskip("trl", reason="TRL is not installed: make test-trl installs it and runs this")
     results = tmp_path / f"{name}.json"
     wanted = ["--quick", "--rounds", "2", "--threads", "1", "--json", str(results)]
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *wanted])

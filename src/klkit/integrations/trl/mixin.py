@@ -39,6 +39,9 @@ class RaoBlackwellKL(Trainer):  # type: ignore[misc]
     Metrics: ``kl`` in nats a token, ``kl/response`` in nats a response, and ``kl/effective_share``, the smallest
     effective share of responses behind a position, where responses are of an older policy.
 
+    Responses are scored as TRL scores them: it passes no positions, so models that learned one vector a position
+    (GPT-2) count a prompt's left padding, and their ``kl`` depends on it a little; the monitor's does not.
+
     Tested on one process, and on two over gloo with DDP. FSDP2 (whose head is gathered in the forward pass), inference
     by vLLM, and vision-language models are written against their documented interfaces and not verified.
 
