@@ -4,13 +4,13 @@ import sys
 
 import pytest
 import torch
+from tests.tiny import tokenizer
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from klkit.models.spec import load
 from klkit.sequences import Sequences
 from klkit.train.rewards import classifier_reward, grammar_reward, read_reward, response_texts, rewarded
 from klkit.zoo.grammar import reward
-from tests.tiny import tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.tiny import folder
 
 from klkit.models.base import VocabularyMismatch
 from klkit.models.spec import load
@@ -10,7 +11,6 @@ from klkit.train.policy import full_policy, lora_policy
 from klkit.train.recipe import Recipe
 from klkit.train.rewards import grammar_reward
 from klkit.train.rl import TrainingStopped, start, step, step_prompts
-from tests.tiny import folder
 
 PROMPTS = ["the plot was", "i thought", "the acting felt", "for me the music"]
 
@@ -83,7 +83,7 @@ def test_a_divergence_beyond_its_bound_stops_the_run_before_the_weights_change(m
     state = start(model, PROMPTS, grammar_reward, recipe(max_tokens=8, max_kl=1e-4, learning_rate=1e-2))
     state, _ = step(state)
     before = weights(state.policy.model)
-    with pytest.raises(TrainingStopped, match="expected a mean KL of at most 0.0001 nats per response, got"):
+    with pytest.raises(TrainingStopped, match=r"expected a mean KL of at most 0\.0001 nats per response, got"):
         step(state)
     assert torch.equal(weights(state.policy.model), before)
 
@@ -127,14 +127,14 @@ def test_a_reference_with_another_vocabulary_is_refused(model):
 def test_lora_on_the_head_is_refused():
     with pytest.raises(ValueError, match="expected LoRA on layers below the output head"):
         lora_policy(load(str(folder("llama"))), 2, layers=["q_proj", "lm_head"])
-    with pytest.raises(ValueError, match="expected layers of .* that an adapter fits on, got"):
+    with pytest.raises(ValueError, match=r"expected layers of .* that an adapter fits on, got"):
         lora_policy(load(str(folder("llama"))), 2, layers=["no_such_layer"])
     with pytest.raises(ValueError, match="expected a LoRA rank of at least 1"):
         lora_policy(load(str(folder("llama"))), 0)
 
 
 def test_policies_that_cannot_be_trained_whole_are_refused():
-    with pytest.raises(ValueError, match="expected weights in float32 to train all of them, got torch.bfloat16"):
+    with pytest.raises(ValueError, match="expected weights in float32 to train all of them, got torch"):
         full_policy(load("klkit:reviews", dtype="bfloat16"))
     with pytest.raises(ValueError, match="expected a policy without an adapter"):
         full_policy(load("klkit:docs-lora"))

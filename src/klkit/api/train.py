@@ -263,7 +263,7 @@ def best_possible(training: Training, prompts: Sequence[Content]) -> list[tuple[
     if training.reward != GRAMMAR or base.split(",")[0] != GRAMMAR or len(texts) < len(prompts):
         return []
     try:
-        rewards, divergences = optimal_frontier(reviews(), texts, np.linspace(0, 4, 81).tolist())
+        rewards, divergences = optimal_frontier(reviews(), texts, np.square(np.linspace(0, 2, 21)).tolist())
     except ValueError:  # prompts that the grammar cannot write
         return []
     return list(zip(divergences, rewards, strict=True))

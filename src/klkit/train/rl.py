@@ -92,7 +92,7 @@ class Metrics:
     seconds: float
     sampling_seconds: float
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, int | float]:
         """The numbers by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 

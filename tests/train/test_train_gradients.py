@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.tiny import folder
 
 from klkit.models.spec import load
 from klkit.sampling.ancestral import sample
@@ -10,7 +11,6 @@ from klkit.train.gradients import Sums, form_gradients, read_part
 from klkit.train.penalties import PENALTIES
 from klkit.train.policy import Decisions, full_policy, lora_policy
 from klkit.train.recipe import Recipe
-from tests.tiny import folder
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_decisions_are_predicted_by_the_column_before(policy):
     x = strings(policy, prompts=("the film was", "a"))
     found = Decisions.of(x)
     assert torch.equal(found.tokens[found.mask], x.targets())
-    row, column = x.predictors()
+    _, column = x.predictors()
     assert torch.equal(found.column[found.mask], column)
     assert torch.allclose(found.hidden(policy.model)[found.mask], policy.model.encode(x))
 
