@@ -314,9 +314,10 @@ def test_a_moving_reference_keeps_the_head_that_its_hidden_states_belong_to(tmp_
     assert min(e["kl"] for e in trainer.state.log_history[1:-1]) > 0
 
 
-def test_evaluation_measures_the_divergence_too(tmp_path):
+@pytest.mark.parametrize("kind", list(TRAINERS))
+def test_evaluation_measures_the_divergence_too(kind, tmp_path):
     held_out = Dataset.from_dict({"prompt": PROMPTS[:4]})
-    trainer = build("grpo", tmp_path, eval_dataset=held_out, per_device_eval_batch_size=4)
+    trainer = build(kind, tmp_path, eval_dataset=held_out, per_device_eval_batch_size=4)
     disturb(trainer)
     found = trainer.evaluate()
     assert found["eval_kl"] > 0

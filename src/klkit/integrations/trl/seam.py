@@ -55,14 +55,13 @@ class Seam:
     """What the forwards of policy and reference are to do, and what they leave for the trainer.
 
     Attributes:
-        scores: results of the scoring calls since :meth:`recording` was entered.
         reference_head: output head of the reference as it was when its hidden states were kept.
     """
 
     def __init__(self, *, copy_head: bool = False) -> None:
-        self.scores: list[Scores] = []
         self.reference_head: Head | None = None
         self._reference: Tensor | None = None
+        self._scores: list[Scores] | None = None
         self._kept: list[Tensor] | None = None
         self._last = 0
         self._copy_head = copy_head
@@ -70,11 +69,11 @@ class Seam:
     @contextmanager
     def recording(self, reference: Float[Tensor, "b c e"] | None = None) -> Iterator[list[Scores]]:
         """Score the policy, against the reference whose hidden states at the last ``c`` positions are given."""
-        self.scores, self._reference = [], reference
+        self._scores, self._reference = [], reference
         try:
-            yield self.scores
+            yield self._scores
         finally:
-            self.scores, self._reference = [], None
+            self._scores = self._reference = None
 
     @contextmanager
     def keeping(self, last: int) -> Iterator[list[Tensor]]:
@@ -117,7 +116,8 @@ class Seam:
 
         compared = (None, None) if reference is None else (spread(found.kl), spread(found.logq))
         scores = Scores(spread(found.logp), spread(found.entropy_p), aux_loss, *compared)
-        self.scores.append(scores)
+        if self._scores is not None:
+            self._scores.append(scores)
         return scores
 
     def _reference_rows(self, reference: Tensor, mask: Tensor, head: Head) -> tuple[Tensor, Head]:
