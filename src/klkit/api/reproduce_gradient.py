@@ -75,7 +75,7 @@ class GradientStudy:
         ValueError: checkpoints that do not increase from 1, or too few rollouts for the folds.
     """
 
-    checkpoints: tuple[int, ...] = (3, 6, 12, 25, 50, 75, 100, 120)
+    checkpoints: tuple[int, ...] = (3, 6, 12, 25, 50, 75, 100)
     prompts: int = 32
     rollouts: int = 256
     max_tokens: int = 64

@@ -168,7 +168,9 @@ def rlhf_markdown(found: Findings) -> str:
     lines += [
         "",
         f"Intervals are 95 %; ratios are over {first.name}. The frontier of all final points has {found.frontier}; low "
-        f"KL is below {found.worst[0] / 2:.2f} nats. Hypervolumes reach from the untrained reward "
+        f"KL is below {found.worst[0] / 2:.2f} nats. A frontier of pooled runs also favours penalties whose runs "
+        f"scatter, since the best of many tries count. Hypervolumes are those of single repetitions (all coefficients, "
+        f"one seed), mean over seeds; they reach from the untrained reward "
         f"{found.worst[1]:.3f} to a KL of {found.worst[0]:.2f} nats, {ROOM:g} times the exact "
         f"optimum's at coefficient {min(study.coefficients):g}. The objective is reward - coefficient x KL.",
         "",

@@ -55,7 +55,7 @@ class Study:
     arms: tuple[str, ...] = ARMS
     coefficients: tuple[float, ...] = (0.4, 0.7, 1.2, 2.0)
     seeds: int = 5
-    steps: int = 120
+    steps: int = 100
     prompts: int = 16
     max_tokens: int = 64
     learning_rate: float = 3e-4

@@ -15,6 +15,7 @@ from klkit.stats.pareto import frontier_shares, hypervolume, non_dominated, perm
 from klkit.stats.spread import Scatter, pooled_scatter, scatter_ratio
 
 Array = NDArray[np.float64]
+DRAWS = 4_999
 ROOM = 1.5  # training overshoots a little; what overshoots more counts nothing
 
 
@@ -45,7 +46,7 @@ class Comparison:
     Attributes:
         share: share of the two arms' pooled frontier (final points) that is the arm's.
         share_p: p-value of the difference of the shares.
-        area: hypervolume minus the first arm's.
+        area: mean hypervolume of a repetition minus the first arm's.
         area_p: its p-value.
         objective: mean of ``reward − coefficient · KL`` minus the first arm's.
         objective_p: its p-value.
@@ -75,7 +76,7 @@ class Arm:
         share: share of the frontier of all arms' final points.
         share_low: the same among points of a KL below half the reference point's.
         share_all: share of the frontier of final and half-way points.
-        area: hypervolume of its final points.
+        area: hypervolume of a repetition (the final points of one seed), mean over seeds.
         versus: the comparison with the first arm; None for that one.
     """
 
@@ -161,7 +162,7 @@ def analyse(study: Study, points: Sequence[Point], exact: ExactFrontier) -> Find
                 share=shares[i],
                 share_low=low[i],
                 share_all=whole[i],
-                area=hypervolume(cost[label == i], gain[label == i], worst_cost=worst[0], worst_gain=worst[1]),
+                area=_area(cost[label == i], gain[label == i], np.array([point.seed for point in mine]), worst),
                 versus=_compare(study, finals, name, worst) if i else None,
             )
         )
@@ -192,22 +193,23 @@ def _compare(study: Study, finals: Sequence[Point], arm: str, worst: tuple[float
     blocks = [(point.coefficient, point.seed) for point in pair]
     cost, gain = np.array([point.kl for point in pair]), np.array([point.reward for point in pair])
     objective = gain - np.array([point.coefficient for point in pair]) * cost
+    seeds = np.array([point.seed for point in pair])
     front = non_dominated(cost, gain)
 
     def share(dealt: NDArray[np.int64]) -> float:
         return float(2 * dealt[front].mean() - 1)
 
     def area(dealt: NDArray[np.int64]) -> float:
-        one, two = (
-            hypervolume(cost[dealt == i], gain[dealt == i], worst_cost=worst[0], worst_gain=worst[1]) for i in (1, 0)
-        )
+        one, two = (_area(cost[dealt == i], gain[dealt == i], seeds[dealt == i], worst) for i in (1, 0))
         return one - two
 
     def better(dealt: NDArray[np.int64]) -> float:
         return float(objective[dealt == 1].mean() - objective[dealt == 0].mean())
 
     def p_value(statistic: Callable[[NDArray[np.int64]], float], name: str) -> float:
-        return permutation_test(statistic, labels, blocks, random=numpy_stream(0, "test", arm, name)).p_value
+        return permutation_test(
+            statistic, labels, blocks, random=numpy_stream(0, "test", arm, name), draws=DRAWS
+        ).p_value
 
     return Comparison(
         share=(share(labels) + 1) / 2,
@@ -217,3 +219,15 @@ def _compare(study: Study, finals: Sequence[Point], arm: str, worst: tuple[float
         objective=better(labels),
         objective_p=p_value(better, "objective"),
     )
+
+
+def _area(cost: Array, gain: Array, seeds: NDArray[np.int64], worst: tuple[float, float]) -> float:
+    """Mean over seeds of the hypervolume of one seed's points.
+
+    That of all seeds' points together would favour methods that scatter: of many tries the best ones count.
+    """
+    areas = [
+        hypervolume(cost[seeds == s], gain[seeds == s], worst_cost=worst[0], worst_gain=worst[1])
+        for s in np.unique(seeds)
+    ]
+    return float(np.mean(areas))
