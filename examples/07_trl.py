@@ -36,7 +36,7 @@ trainer.train()
 for entry in trainer.state.log_history:
     if "kl_monitor" in entry:
         print(
-            f"step {entry['step']:3d}: KL {entry['kl_monitor']:.4f} ± {entry['kl_monitor/stderr']:.4f} nats a response"
+            f"step {entry['step']:2d}: KL {entry['kl_monitor']:.4f} ± {entry['kl_monitor/stderr']:.4f} nats a response"
         )
     elif "kl" in entry:
         print(f"step {entry['step']:2d}: reward {entry['reward']:.2f}, kl {entry['kl']:.5f} a token")
