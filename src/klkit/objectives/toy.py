@@ -93,11 +93,9 @@ class Toy:
         rows_p = self.policy.log_softmax(-1)[at]
         rows_q = self.reference[at]
         rows_old = self.old[at] if off_policy else rows_p.detach()
-
-        def drawn(rows: Tensor) -> Tensor:
-            return rows.gather(-1, token[..., None])[..., 0].masked_fill(~mask, 0.0)
-
-        return Batch(drawn(rows_p), drawn(rows_q), drawn(rows_old), mask, rows_p, rows_q, rows_old)
+        rows = rows_p, rows_q, rows_old
+        logp, logq, old = (x.gather(-1, token[..., None])[..., 0].masked_fill(~mask, 0.0) for x in rows)
+        return Batch(logp, logq, old, mask, *rows)
 
     def law(self, rows: Float[Tensor, "k v"]) -> Float[Tensor, " n"]:
         """Probability of every string under the next-token log-probabilities ``rows``."""
