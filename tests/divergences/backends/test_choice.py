@@ -13,6 +13,11 @@ from klkit.divergences.fused import row_statistics
 FEW, MANY = 10**6, 10**12
 
 
+@pytest.fixture(autouse=True)
+def _nothing_forced(monkeypatch):
+    monkeypatch.delenv("KLKIT_BACKEND", raising=False)
+
+
 def choice(positions: int, **environment: str) -> str:
     """What a fresh process would choose, without loading anything for it."""
     script = (
