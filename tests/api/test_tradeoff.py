@@ -121,7 +121,7 @@ def test_the_smoke_run_trains_measures_and_goes_on_where_it_stopped(tmp_path, ca
     assert stop.value.code in (0, None), capsys.readouterr().err
     first = capsys.readouterr().out
     points = [Point(**p) for p in json.loads((tmp_path / "rlhf.json").read_text())["points"]]
-    assert len(points) == 2 * len(list((tmp_path / "runs").glob("*.json"))) == 2 * 12
+    assert len(points) == 2 * len(list((tmp_path / "runs").glob("*.json"))) == 2 * 6
     assert all(p.kl > 0 and p.step == (2 if p.final else 1) for p in points)
     # One step from the same weights on the same strings: only then have penalties begun to differ.
     half = {(p.arm, p.coefficient, p.seed): (p.reward, p.kl) for p in points if not p.final}

@@ -99,15 +99,16 @@ def openings(count: int, *, seed: int, without: Sequence[str] = ()) -> list[str]
     """
     from klkit.zoo import grammar
 
-    random, known, found = numpy_stream(seed, "openings"), set(without), []
-    for text in grammar.sample(grammar.reviews(), 20 * count, seed=seed + 2):
-        words = text.split()
-        opening = " ".join(words[: min(int(random.integers(2, 8)), len(words) // 2)])
-        if opening not in known:
-            known.add(opening)
-            found.append(opening)
-        if len(found) == count:
-            return found
+    for tries in (2, 8, 32):  # a longer sample begins with the shorter one
+        random, known, found = numpy_stream(seed, "openings"), set(without), []
+        for text in grammar.sample(grammar.reviews(), tries * count, seed=seed + 2):
+            words = text.split()
+            opening = " ".join(words[: min(int(random.integers(2, 8)), len(words) // 2)])
+            if opening not in known:
+                known.add(opening)
+                found.append(opening)
+        if len(found) >= count:
+            return found[:count]
     raise ValueError(f"expected {count} different openings, found {len(found)}; ask for fewer")
 
 

@@ -75,7 +75,7 @@ class Study:
 
 
 SMOKE = Study(
-    arms=("mc", "rb", "token_local"), coefficients=(0.5, 2.0), seeds=2, steps=6, prompts=8, max_tokens=32,
+    arms=("mc", "rb", "token_local"), coefficients=(0.5,), seeds=2, steps=6, prompts=8, max_tokens=32,
     held_out=12, strings=4,
 )  # fmt: skip
 """The same in seconds: it shows that everything works, and nothing else."""
