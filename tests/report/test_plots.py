@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from klkit.report.plots import BLUE, GREY, estimators_figure, position_figure, strings_figure
+from klkit.report.plots import BLUE, GREY, estimators_figure, position_figure, reward_kl_figure, strings_figure
 
 STRINGS = {"edges": [0.0, 1.0, 2.0], "mc": [1, 2], "rb": [2, 1], "sd_mc": 0.5, "sd_rb": 0.4, "mean": 0.9}
 
@@ -52,3 +52,15 @@ def test_positions_are_whole_numbers():
 def test_strings_are_called_what_they_are():
     assert {"nats per response", "responses"} <= set(words(strings_figure(STRINGS)))
     assert {"nats per window", "windows"} <= set(words(strings_figure(STRINGS, counted="windows")))
+
+
+def test_reward_against_kl_is_drawn_with_and_without_what_is_possible():
+    points = [
+        {"step": i, "method": "rb_cv", "kl": i, "kl_lower": i - 0.5, "kl_upper": i + 0.5, "reward": 2 * i}
+        | {"reward_lower": "nan", "reward_upper": "nan"}
+        for i in range(3)
+    ]
+    alone, with_best = reward_kl_figure(points), reward_kl_figure(points, [(0.0, 0.5), (1.0, 3.0), (9.0, 9.0)])
+    assert alone.startswith(b"\x89PNG")
+    assert len(with_best) > len(alone)
+    assert reward_kl_figure(points[:1]).startswith(b"\x89PNG")

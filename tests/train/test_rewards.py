@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from klkit.models.spec import load
 from klkit.sequences import Sequences
-from klkit.train.rewards import classifier_reward, grammar_reward, read_reward, response_texts, rewarded
+from klkit.train.rewards import RewardError, classifier_reward, grammar_reward, read_reward, response_texts, rewarded
 from klkit.zoo.grammar import reward
 
 
@@ -50,7 +50,7 @@ def test_the_grammar_s_reward_is_that_of_prompt_and_response(model, strings):
     ],
 )
 def test_functions_that_misbehave_are_named(model, strings, function, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RewardError, match=message):
         rewarded(function, model, ["the plot was"] * 2, strings)
 
 

@@ -99,6 +99,14 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_the_weights_change(mo
     assert torch.equal(weights(state.policy.model), before)
 
 
+def test_weights_that_are_no_numbers_stop_the_run(model, monkeypatch):
+    state = start(model, PROMPTS, grammar_reward, recipe(max_tokens=8))
+    # As if they had become so between the draw and the update: the sampler itself refuses such a model.
+    monkeypatch.setattr("klkit.train.rl.form_gradients", lambda *_, **__: (_ for _ in ()).throw(ValueError("a NaN")))
+    with pytest.raises(TrainingStopped, match="expected finite numbers in step 1, got: a NaN"):
+        step(state)
+
+
 def test_every_prompt_comes_once_a_pass():
     seen = [i for t in range(5) for i in step_prompts(10, t, Recipe(prompts=4, samples=3))]
     assert len(seen) == 60

@@ -25,7 +25,7 @@ from klkit.train.evaluate import Evaluation, evaluate
 from klkit.train.folder import CHECKPOINTS, EVALUATIONS, FIGURE, METRICS, TrainingFolder
 from klkit.train.policy import ALL_LAYERS, Policy, full_policy, lora_policy
 from klkit.train.recipe import Recipe
-from klkit.train.rewards import GRAMMAR, Reward, read_reward
+from klkit.train.rewards import GRAMMAR, Reward, RewardError, read_reward
 from klkit.train.rl import Metrics, State, TrainingStopped, start, step
 
 HELD_OUT_SHARE, FEWEST_HELD_OUT, MOST_HELD_OUT = 0.2, 10, 128
@@ -189,18 +189,17 @@ def train_rl(
         look()
     try:
         while state.step < training.steps:
-            try:
-                state, metrics = step(state)
-            except ValueError:
-                # The reward function failed before anything was changed: what was learnt so far is kept.
-                if folder is not None and state.step:
-                    save_checkpoint(state, folder.path / CHECKPOINTS, keep=training.keep)
-                raise
+            state, metrics = step(state)
             if folder is not None:
                 folder.log(METRICS, metrics.to_dict())
             tell(metrics, None)
             if state.step % training.every == 0 or state.step == training.steps:
                 look()
+    except RewardError:
+        # It failed on strings of a policy that is as good as any before: what was learnt so far is kept.
+        if folder is not None and state.step:
+            save_checkpoint(state, folder.path / CHECKPOINTS, keep=training.keep)
+        raise
     finally:
         if folder is not None:
             (folder.path / FIGURE).write_bytes(reward_kl_figure(lines, best_possible(training, held_out)))

@@ -133,7 +133,9 @@ def reward_kl_figure(evaluations: Sequence[Mapping[str, Any]], best: Sequence[tu
         if best:
             reach = max(1.0, float(np.nanmax([row["kl_upper"] for row in rows] + [np.nanmax(kl)])))
             shown = [point for point in best if point[0] <= reach]
-            axes.plot(*zip(*shown, strict=True), color=GREY, lw=1.2, ls="--", label="best possible (exact)")
+            axes.plot(
+                *zip(*shown, strict=True), color=GREY, lw=1.2, ls="--", label="best possible on the grammar (exact)"
+            )
         axes.set_xlabel("KL(policy‖reference), nats per response")
         axes.set_ylabel("mean reward")
         axes.set_xlim(left=0)

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from klkit.report.record import RunFolderError, write_text
+from klkit.results import jsonable
 from klkit.train.checkpoints import checkpoints
 
 CONFIG, ENV, METRICS, EVALUATIONS, CHECKPOINTS, FIGURE = (
@@ -78,8 +79,9 @@ class TrainingFolder:
 
     def log(self, name: str, line: Mapping[str, Any]) -> None:
         """Append a line to ``metrics.jsonl`` or ``evaluations.jsonl``."""
+        plain = {key: jsonable(value) if isinstance(value, float) else value for key, value in line.items()}
         with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(plain, allow_nan=False) + "\n")
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The lines of such a file; one that a crash cut off is left out."""

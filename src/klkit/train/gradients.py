@@ -67,7 +67,7 @@ class Sums:
     @classmethod
     def of(cls, kl: Tensor, logp: Tensor, logq: Tensor) -> Sums:
         """Sum numbers of decisions, ``(n, l)``, that are 0 outside the mask."""
-        kl, logp, logq = (x.detach().double() for x in (kl, logp, logq))
+        kl, logp, logq = (x.detach().cpu().double() for x in (kl, logp, logq))
         return cls(kl.sum(1), (logp - logq).sum(1), logp.sum(1))
 
     @classmethod

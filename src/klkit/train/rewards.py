@@ -26,6 +26,10 @@ CLASSIFIER = "classifier:"
 KINDS = "module:function, classifier:MODEL (or classifier:MODEL#LABEL), or klkit:reviews"
 
 
+class RewardError(ValueError):
+    """A reward function raised, or returned anything but one finite number for each response."""
+
+
 def grammar_reward(prompts: list[str], responses: list[str]) -> list[float]:
     """The packaged grammar's sentiment of prompt and response together: an integer, exact.
 
@@ -148,7 +152,7 @@ def rewarded(reward: Reward, model: HuggingFaceModel, prompts: list[str], x: Seq
     """The rewards of the strings ``x``, checked, in double precision.
 
     Raises:
-        ValueError: the function raised, or returned anything but one finite number for each response.
+        RewardError: the function raised, or returned anything but one finite number for each response.
     """
     responses = response_texts(model, x)
     name = getattr(reward, "__qualname__", type(reward).__name__)
@@ -157,18 +161,18 @@ def rewarded(reward: Reward, model: HuggingFaceModel, prompts: list[str], x: Seq
         values = [float(value) for value in found]
     except Exception as error:
         # Whatever a stranger's function raises; its own traceback stays attached.
-        raise ValueError(
+        raise RewardError(
             f"expected a list of numbers from the reward {name}, got {type(error).__name__}: {error}; it was called "
             f"with {len(responses)} prompts and responses, the first response {responses[0][:60]!r}"
         ) from error
     if len(values) != len(responses):
-        raise ValueError(
+        raise RewardError(
             f"expected {len(responses)} rewards from {name}, one a response, got {len(values)}; return them in the "
             f"order of the responses"
         )
     wrong = [i for i, value in enumerate(values) if not math.isfinite(value)]
     if wrong:
-        raise ValueError(
+        raise RewardError(
             f"expected finite rewards from {name}, got {values[wrong[0]]} for {len(wrong)} of {len(values)} responses, "
             f"the first {responses[wrong[0]][:60]!r}; return a number for every text, the empty one included"
         )

@@ -124,7 +124,7 @@ def step(state: State) -> tuple[State, Metrics]:
 
     Raises:
         TrainingStopped: the mean KL of the batch is above the recipe's bound, or a gradient is not finite.
-        ValueError: the reward function raised, or returned what is no list of finite numbers, one a response.
+        RewardError: the reward function raised, or returned what is no list of finite numbers, one a response.
     """
     began, recipe, policy = time.monotonic(), state.recipe, state.policy
     names = step_prompts(len(state.contexts), state.step, recipe)
@@ -139,22 +139,21 @@ def step(state: State) -> tuple[State, Metrics]:
     drawn = time.monotonic()
     x = draw.sequences
     rewards = rewarded(state.reward, policy.model, [state.texts[i] for i in names], x)
-    x = replace(x, sampler_logp=draw.logp)
-    size = recipe.micro_batch or len(x)
-    parts = [
-        read_part(policy, x.select(torch.arange(i, min(i + size, len(x)))), rewards[i : i + size])
-        for i in range(0, len(x), size)
-    ]
+    strings, n = replace(x, sampler_logp=draw.logp), len(x)
+    size = recipe.micro_batch or n
+    rows = torch.split(torch.arange(n), size)
+    parts = [read_part(policy, strings.select(some), rewards[some]) for some in rows]
     weights = [weight for _, weight in policy.parameters]
     first: Sums | None = None
     for update in range(recipe.updates):
         state.optimizer.zero_grad()
-        sums = Sums.cat(
-            [
-                form_gradients(policy, part, recipe, state.coefficient, share=len(part) / len(x), off_policy=update > 0)
-                for part in parts
-            ]
-        )
+        options = {"off_policy": update > 0}
+        try:
+            sums = Sums.cat(
+                [form_gradients(policy, p, recipe, state.coefficient, share=len(p) / n, **options) for p in parts]
+            )
+        except ValueError as error:  # a logit or a divergence that is not finite
+            raise TrainingStopped(f"expected finite numbers in step {state.step + 1}, got: {error}") from error
         norm = torch.nn.utils.clip_grad_norm_(weights, recipe.gradient_norm)
         first = first or sums
         _require_sound(state, float(sums.kl.mean()), float(norm))
@@ -172,7 +171,7 @@ def step(state: State) -> tuple[State, Metrics]:
         finished=float(x.finished.double().mean()),
         coefficient=state.coefficient,
         gradient_norm=float(norm),
-        effective=float(moved.sum().square() / (len(x) * moved.square().sum())),
+        effective=float(moved.sum().square() / (n * moved.square().sum())),
         seconds=time.monotonic() - began,
         sampling_seconds=drawn - began,
     )
