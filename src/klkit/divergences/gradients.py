@@ -16,6 +16,7 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
+from klkit.divergences.adaptive import head_weight
 from klkit.divergences.mixtures import log_mixture, log_odds
 from klkit.numerics import floored, lost, paired
 
@@ -137,6 +138,37 @@ def alpha_divergence_grad_q(
 ) -> Float[Tensor, "*b v"]:
     """``-(s - q Σ s) / α``, ``s = p^α q^(1-α)``: gradient of ``(1 - Σ s)/(α (1 - α))`` in the logits of ``q``."""
     return alpha_divergence_grad_p(logq, logp, p_power=1 - p_power)
+
+
+def alpha_beta_grad_q(
+    logp: Float[Tensor, "*b v"], logq: Float[Tensor, "*b v"], *, p_power: float = 0.2, q_power: float = 0.7
+) -> Float[Tensor, "*b v"]:
+    """``φ' - q Σ φ'``, ``φ' = (q^(a+b) - p^a q^b)/a``: gradient of the alpha-beta divergence in the logits of ``q``.
+
+    At ``a = 0``, ``φ' = q^b (log q - log p)``.
+    """
+    logp, logq = paired(logp, logq)
+    a, b = p_power, q_power
+    x, y = floored(logp), floored(logq)
+    if a == 0:
+        return _where_finite(through_softmax((b * y).exp() * (y - x), logq), logq, logp)
+    gradient = through_softmax((((a + b) * y).exp() - (a * x + b * y).exp()) / a, logq)
+    return _where_finite(gradient, logp, logq) if b == 0 else gradient
+
+
+def alpha_beta_grad_p(
+    logp: Float[Tensor, "*b v"], logq: Float[Tensor, "*b v"], *, p_power: float = 0.2, q_power: float = 0.7
+) -> Float[Tensor, "*b v"]:
+    """The same in the logits of ``p``: the divergence with its laws and its powers exchanged is the same."""
+    return alpha_beta_grad_q(logq, logp, p_power=q_power, q_power=p_power)
+
+
+def adaptive_kl_grad_q(
+    logp: Float[Tensor, "*b v"], logq: Float[Tensor, "*b v"], *, mass: float = 0.5, head: str = "cover"
+) -> Float[Tensor, "*b v"]:
+    """``w (q - p) + (1 - w) q (log q - log p - KL(q‖p))``: gradient of the adaptive KL in the logits of ``q``."""
+    weight = head_weight(logp, logq, mass=mass, head=head).unsqueeze(-1)
+    return weight * kl_grad_q(logp, logq) + (1 - weight) * kl_grad_p(logq, logp)
 
 
 def swapped(gradient: Gradient) -> Gradient:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from klkit.divergences.kl import nonnegative_kl
+from klkit.divergences.kl import kl, nonnegative_kl, reverse_kl
 from klkit.numerics import floored, paired, split
 
 
@@ -107,6 +107,30 @@ def generalised_jensen_shannon(
     logp, logq = paired(logp, logq)
     logm = log_mixture(logp, logq, log_odds(p_weight, "p_weight", logp))
     return p_weight * nonnegative_kl(logp, logm) + (1 - p_weight) * nonnegative_kl(logq, logm)
+
+
+def normalised_jensen_shannon(
+    logp: Float[Tensor, "*b v"], logq: Float[Tensor, "*b v"], *, p_weight: float = 0.5
+) -> Float[Tensor, "*b"]:
+    """``[w KL(p‖m) + (1 - w) KL(q‖m)] / (w (1 - w))`` with ``m = w p + (1 - w) q`` and ``w = p_weight``, in nats.
+
+    :func:`generalised_jensen_shannon` without its vanishing at the ends: a way from ``KL(p‖q)`` at 0, which is that,
+    to ``KL(q‖p)`` at 1, which is that. Shapes: as for :func:`skew_kl`.
+
+    Raises:
+        ValueError: the shapes differ, a row is not normalised, or ``p_weight`` is not within [0, 1].
+
+    Example:
+        >>> import torch
+        >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
+        >>> [round(float(normalised_jensen_shannon(p.log(), q.log(), p_weight=w)), 4) for w in (0.0, 1e-6, 0.5, 1.0)]
+        [0.1438, 0.1438, 0.1353, 0.1308]
+
+    Source: R. Agarwal et al. (GKD), 2023, arXiv 2306.13649, whose form is divided by ``w (1 - w)`` here.
+    """
+    if p_weight in (0, 1):
+        return (reverse_kl if p_weight else kl)(logp, logq)
+    return generalised_jensen_shannon(logp, logq, p_weight=p_weight) / (p_weight * (1 - p_weight))
 
 
 def jensen_shannon(logp: Float[Tensor, "*b v"], logq: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
