@@ -7,27 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from klkit.cli import main
 from klkit.models.spec import locate
 
 PAIR = ["klkit:docs-tuned", "klkit:docs"]
 SMALL = ["--samples", "64", "--max-tokens", "12"]
 
 
-def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return stop.value.code or 0, captured.out, captured.err
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def test_estimate_prints_a_sentence_and_writes_a_run_folder(capsys):
-    code, out, err = run(capsys, "estimate", *PAIR, *SMALL, "--out", "run")
+def test_estimate_prints_a_sentence_and_writes_a_run_folder(run):
+    code, out, err = run("estimate", *PAIR, *SMALL, "--out", "run")
     assert code == 0, err
     text = re.sub(r"\s+", " ", out)
     assert re.search(r"KL\(p‖q\) = [\d.]+ nats per response, 95% interval [\d.]+ to [\d.]+ \(bootstrap-t", text)
@@ -37,52 +24,52 @@ def test_estimate_prints_a_sentence_and_writes_a_run_folder(capsys):
     assert not [line for line in err.splitlines() if "strings" not in line]  # no other library's chatter
 
 
-def test_json_to_standard_output_is_json_and_nothing_else(capsys):
-    code, out, _ = run(capsys, "estimate", *PAIR, *SMALL, "--out", "run", "--json", "-")
+def test_json_to_standard_output_is_json_and_nothing_else(run):
+    code, out, _ = run("estimate", *PAIR, *SMALL, "--out", "run", "--json", "-")
     assert code == 0
     assert json.loads(out) == json.loads(Path("run/result.json").read_text())
 
 
-def test_run_repeats_to_the_last_digit(capsys):
-    run(capsys, "estimate", *PAIR, *SMALL, "--seed", "3", "--out", "one")
-    code, _, err = run(capsys, "run", "one/config.yaml", "--out", "two")
+def test_run_repeats_to_the_last_digit(run):
+    run("estimate", *PAIR, *SMALL, "--seed", "3", "--out", "one")
+    code, _, err = run("run", "one/config.yaml", "--out", "two")
     assert code == 0, err
     one, two = (json.loads(Path(f"{name}/result.json").read_text()) for name in ("one", "two"))
     assert one["headline"] == two["headline"]
     assert one["estimates"] == two["estimates"]
 
 
-def test_config_with_flags_that_win(capsys):
+def test_config_with_flags_that_win(run):
     Path("run.yaml").write_text("p: klkit:docs-tuned\nq: klkit:docs\nsamples: 64\nmax_tokens: 8\nseed: 1\n")
-    code, out, err = run(capsys, "estimate", "--config", "run.yaml", "--max-tokens", "6", "--out", "run", "--json", "-")
+    code, out, err = run("estimate", "--config", "run.yaml", "--max-tokens", "6", "--out", "run", "--json", "-")
     assert code == 0, err
     settings = json.loads(out)["settings"]
     assert (settings["max_tokens"], settings["seed"], settings["samples"]) == (6, 1, 64)
 
 
-def test_report_is_written_again(capsys):
-    run(capsys, "estimate", *PAIR, *SMALL, "--out", "run")
+def test_report_is_written_again(run):
+    run("estimate", *PAIR, *SMALL, "--out", "run")
     before = Path("run/report.html").read_text()
     Path("run/report.html").unlink()
-    code, out, _ = run(capsys, "report", "run")
+    code, out, _ = run("report", "run")
     assert code == 0
     assert out.strip() == "run/report.html"
     assert Path("run/report.html").read_text() == before
 
 
-def test_models_and_help(capsys):
-    assert "klkit:docs-tuned" in run(capsys, "models")[1]
-    code, out, _ = run(capsys, "estimate", "--help")
+def test_models_and_help(run):
+    assert "klkit:docs-tuned" in run("models")[1]
+    code, out, _ = run("estimate", "--help")
     assert code == 0
     assert "Examples" in out
     for option in ("--prompts", "--samples", "--max-tokens", "--rtol", "--json", "--resume", "--config", "--seed"):
         assert option in out
-    assert run(capsys, "--version")[1].startswith("klkit 0.")
+    assert run("--version")[1].startswith("klkit 0.")
 
 
-def test_fixed_text(capsys):
+def test_fixed_text(run):
     Path("text.txt").write_text("The value of a name is looked up in the namespace of the module. " * 40)
-    code, out, err = run(capsys, "estimate", *PAIR, "--text", "text.txt", "--context", "64", "--out", "run")
+    code, out, err = run("estimate", *PAIR, "--text", "text.txt", "--context", "64", "--out", "run")
     assert code == 0, err
     for row in ("mean", "median", "99 %", "99.9 %", "largest", "same top-1"):
         assert row in out
@@ -127,26 +114,26 @@ def permuted(folder):
         (["nobody/such-model-anywhere", "klkit:docs"], "HF_HUB_OFFLINE"),
     ],
 )
-def test_bad_input_is_answered_in_one_message_with_code_2(capsys, arguments, expected):
+def test_bad_input_is_answered_in_one_message_with_code_2(run, arguments, expected):
     Path("empty.txt").write_text("\n")
     Path("broken.jsonl").write_text('{"prompt": "ok"}\n{"prompt": \n')
     Path("long.txt").write_text("the name of the module " * 400)
     Path("unknown.yaml").write_text("sampels: 3\n")
     Path("list.yaml").write_text("- 1\n")
-    code, out, err = run(capsys, "estimate", *arguments)
+    code, out, err = run("estimate", *arguments)
     assert code == 2, (out, err)
     assert expected in err
     assert "Traceback" not in err
     assert err.count("klkit:") >= 1
 
 
-def test_permuted_vocabulary_is_refused_by_id(capsys):
-    code, _, err = run(capsys, "estimate", "klkit:docs", permuted("permuted"), *SMALL)
+def test_permuted_vocabulary_is_refused_by_id(run):
+    code, _, err = run("estimate", "klkit:docs", permuted("permuted"), *SMALL)
     assert code == 2
     assert "40" in err
 
 
-def test_weights_that_are_not_numbers(capsys):
+def test_weights_that_are_not_numbers(run):
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(locate("klkit:docs"), "broken")
@@ -154,12 +141,12 @@ def test_weights_that_are_not_numbers(capsys):
     name = next(n for n in weights if n.endswith("ln_f.weight"))
     weights[name] = weights[name] * float("nan")
     save_file(weights, "broken/model.safetensors", metadata={"format": "pt"})
-    code, _, err = run(capsys, "estimate", "klkit:docs", "broken", *SMALL)
+    code, _, err = run("estimate", "klkit:docs", "broken", *SMALL)
     assert code == 2
     assert "NaN" in err
 
 
-def test_model_without_end_token(capsys):
+def test_model_without_end_token(run):
     shutil.copytree(locate("klkit:docs"), "endless")
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         path = Path("endless") / name
@@ -167,36 +154,36 @@ def test_model_without_end_token(capsys):
             content = json.loads(path.read_text())
             content = {k: v for k, v in content.items() if "eos" not in k}
             path.write_text(json.dumps(content))
-    code, _, err = run(capsys, "estimate", "endless", "klkit:docs", *SMALL)
+    code, _, err = run("estimate", "endless", "klkit:docs", *SMALL)
     assert code == 2
     assert "end token" in err
 
 
-def test_a_truncated_checkpoint(capsys):
+def test_a_truncated_checkpoint(run):
     shutil.copytree(locate("klkit:docs"), "cut")
     path = Path("cut/model.safetensors")
     path.write_bytes(path.read_bytes()[:100_000])
-    code, _, err = run(capsys, "estimate", "cut", "klkit:docs", *SMALL)
+    code, _, err = run("estimate", "cut", "klkit:docs", *SMALL)
     assert code == 2
     assert "Traceback" not in err
 
 
-def test_json_that_cannot_be_written_does_not_hide_the_result(capsys):
+def test_json_that_cannot_be_written_does_not_hide_the_result(run):
     Path("file").write_text("in the way")
-    code, out, err = run(capsys, "estimate", *PAIR, *SMALL, "--out", "run", "--json", "file/result.json")
+    code, out, err = run("estimate", *PAIR, *SMALL, "--out", "run", "--json", "file/result.json")
     assert code == 2
     assert "nats per response" in out.replace("\n", " ")
     assert "result.json of its folder" in err
 
 
-def test_out_that_cannot_be_written(capsys):
+def test_out_that_cannot_be_written(run):
     Path("file").write_text("in the way")
-    code, _, err = run(capsys, "estimate", *PAIR, *SMALL, "--out", "file/run")
+    code, _, err = run("estimate", *PAIR, *SMALL, "--out", "file/run")
     assert code == 2
     assert "--out" in err
 
 
-def test_a_failed_audit_is_loud(capsys, monkeypatch):
+def test_a_failed_audit_is_loud(run, monkeypatch):
     """Strings of a warmer p passed off as p's: the number is printed with the failure, and the exit code is 1."""
     import klkit.api.strings as strings
     from klkit.models.wrap import temperature
@@ -208,14 +195,14 @@ def test_a_failed_audit_is_loud(capsys, monkeypatch):
         return draw
 
     monkeypatch.setattr(strings, "sample", warm)
-    code, out, err = run(capsys, "estimate", *PAIR, "--samples", "128", "--max-tokens", "24", "--out", "run")
+    code, out, err = run("estimate", *PAIR, "--samples", "128", "--max-tokens", "24", "--out", "run")
     assert code == 1
     assert "do not use this number" in err
     assert "FAILED" in out
     assert "self-audit failed" in Path("run/report.html").read_text()
 
 
-def test_interruption_says_how_to_go_on(capsys, monkeypatch):
+def test_interruption_says_how_to_go_on(run, monkeypatch):
     from klkit.cli.progress import Watcher
 
     def interrupt(self, state):
@@ -224,9 +211,9 @@ def test_interruption_says_how_to_go_on(capsys, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Watcher, "observe", interrupt)
-        code, _, err = run(capsys, "estimate", *PAIR, *SMALL, "--batch-size", "16", "--out", "run")
+        code, _, err = run("estimate", *PAIR, *SMALL, "--batch-size", "16", "--out", "run")
     assert code == 130
     assert "16 strings are kept" in err
     command = next(line for line in err.splitlines() if "--resume" in line).split()
-    code, _, err = run(capsys, *command[1:])
+    code, _, err = run(*command[1:])
     assert code == 0, err

@@ -4,19 +4,11 @@ import json
 
 import pytest
 
-from klkit.cli import main
 from klkit.objectives.presets import PRESETS
 
 
-def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        main(["explain", *arguments])
-    captured = capsys.readouterr()
-    return stop.value.code or 0, captured.out, captured.err
-
-
-def test_a_preset(capsys):
-    code, out, _ = run(capsys, "--preset", "trl-grpo")
+def test_a_preset(run):
+    code, out, _ = run("explain", "--preset", "trl-grpo")
     assert code == 0
     assert "L = Σ_n r_n (exp(−u_n) − 1 + u_n)" in out
     assert "∇L = Σ_n r_n u_n s_n" in out
@@ -25,17 +17,18 @@ def test_a_preset(capsys):
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_parts_and_a_changed_preset(capsys):
-    _, by_parts, _ = run(capsys, "--estimator", "full", "--placement", "reward", "--no-detach", "--json")
-    _, by_name, _ = run(capsys, "--preset", "rb-detached", "--no-detach", "--json")
+def test_parts_and_a_changed_preset(run):
+    _, by_parts, _ = run("explain", "--estimator", "full", "--placement", "reward", "--no-detach", "--json")
+    _, by_name, _ = run("explain", "--preset", "rb-detached", "--no-detach", "--json")
     one, other = json.loads(by_parts), json.loads(by_name)
     assert one["target"] == "kl"
     assert one | {"preset": "rb-detached"} == other
 
 
-def test_off_policy(capsys):
+def test_off_policy(run):
     right, wrong = (
-        json.loads(run(capsys, "--preset", name, "--off-policy", "--json")[1]) for name in ("klkit-off-policy", "klkit")
+        json.loads(run("explain", "--preset", name, "--off-policy", "--json")[1])
+        for name in ("klkit-off-policy", "klkit")
     )
     assert right["target"] == "kl"
     assert right["variance"] == right["variance_klkit"]
@@ -43,19 +36,19 @@ def test_off_policy(capsys):
     assert wrong["off_policy"]
 
 
-def test_every_preset(capsys, monkeypatch):
+def test_every_preset(run, monkeypatch):
     from klkit.objectives import presets
 
     few = {name: PRESETS[name] for name in ("slime", "klkit", "trl-grpo-before-1.10", "skyrl-reward")}
     monkeypatch.setattr(presets, "PRESETS", few)
-    code, out, _ = run(capsys, "--list")
+    code, out, _ = run("explain", "--list")
     assert code == 0
     lines = out.splitlines()
     assert max(map(len, lines)) <= 80
     assert [line.split()[0] for line in lines[3:7]] == ["klkit", "skyrl-reward", "trl-grpo-before-1.10", "slime"]
     ends = ["KL(p‖q) of responses", "nothing known", "tokens only, KL(q‖p)", "nothing (mean zero)"]
     assert [line[54:].strip() for line in lines[3:7]] == ends
-    records = json.loads(run(capsys, "--list", "--json")[1])
+    records = json.loads(run("explain", "--list", "--json")[1])
     assert [record["preset"] for record in records] == ["klkit", "skyrl-reward", "trl-grpo-before-1.10", "slime"]
     assert records[0]["on_policy"]["agreement"]["kl"]["relative_error"] < 1e-9
 
@@ -66,8 +59,8 @@ def test_every_preset(capsys, monkeypatch):
     (["--preset", "klkit", "--estimator", "k1"], "use reward_to_go"),
     (["--list", "--off-policy"], "expected --list alone"),
 ])  # fmt: skip
-def test_bad_input_ends_with_a_message(capsys, arguments, message):
-    code, out, err = run(capsys, *arguments)
+def test_bad_input_ends_with_a_message(run, arguments, message):
+    code, out, err = run("explain", *arguments)
     assert code == 2
     assert message in err
     assert "Traceback" not in out + err

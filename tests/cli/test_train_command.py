@@ -6,27 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from klkit.cli import main
 from klkit.cli.train import progress
 
 RL = ["train", "rl", "klkit:reviews", "--reward", "klkit:reviews", "--prompts", "klkit:reviews"]
 SMALL = ["--batch", "4", "--max-tokens", "8", "--evaluate", "1", "--learning-rate", "2e-3", "--every", "2"]
 
 
-def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return stop.value.code or 0, captured.out, captured.err
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def test_a_run_prints_a_sentence_a_table_and_where_the_model_is(capsys):
-    code, out, err = run(capsys, *RL, *SMALL, "--steps", "4", "--out", "run")
+def test_a_run_prints_a_sentence_a_table_and_where_the_model_is(run):
+    code, out, err = run(*RL, *SMALL, "--steps", "4", "--out", "run")
     assert code == 0, err
     text = re.sub(r"\s+", " ", out)
     assert re.search(
@@ -37,22 +24,22 @@ def test_a_run_prints_a_sentence_a_table_and_where_the_model_is(capsys):
     assert "13 of the 64 prompts" in text
     assert max(map(len, out.splitlines())) <= 80
     assert not [line for line in err.splitlines() if not line.startswith("step ")]  # no other library's chatter
-    code, out, err = run(capsys, *RL, *SMALL, "--steps", "6", "--out", "run", "--resume")
+    code, out, err = run(*RL, *SMALL, "--steps", "6", "--out", "run", "--resume")
     assert code == 0, err
     assert "After 6 steps" in out
     steps = [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_biased_penalty_is_called_biased(capsys):
-    code, out, _ = run(capsys, *RL, *SMALL, "--steps", "1", "--out", "run", "--penalty", "k3_loss")
+def test_a_biased_penalty_is_called_biased(run):
+    code, out, _ = run(*RL, *SMALL, "--steps", "1", "--out", "run", "--penalty", "k3_loss")
     assert code == 0
     assert "(biased)" in re.sub(r"\s+", " ", out)
 
 
-def test_a_run_that_comes_apart_says_so_and_fails(capsys):
+def test_a_run_that_comes_apart_says_so_and_fails(run):
     code, out, err = run(
-        capsys, *RL, *SMALL, "--steps", "20", "--max-kl", "0.3", "--learning-rate", "1e-3", "--coefficient", "0",
+        *RL, *SMALL, "--steps", "20", "--max-kl", "0.3", "--learning-rate", "1e-3", "--coefficient", "0",
         "--every", "1", "--out", "run",
     )  # fmt: skip
     assert code == 1
@@ -80,7 +67,7 @@ def test_a_run_that_comes_apart_says_so_and_fails(capsys):
         (["--track", "paper"], "expected a tracker among trackio, wandb, tensorboard"),
     ],
 )
-def test_bad_input_is_one_clear_message(capsys, monkeypatch, arguments, message):
+def test_bad_input_is_one_clear_message(run, monkeypatch, arguments, message):
     Path("failing.py").write_text(
         "def raises(prompts, responses):\n    return 1 / 0\n"
         "def nan(prompts, responses):\n    return [float('nan')] * len(responses)\n"
@@ -88,7 +75,7 @@ def test_bad_input_is_one_clear_message(capsys, monkeypatch, arguments, message)
     )
     monkeypatch.syspath_prepend(".")
     monkeypatch.delitem(__import__("sys").modules, "failing", raising=False)
-    code, out, err = run(capsys, *RL, *SMALL, "--steps", "2", *arguments)
+    code, out, err = run(*RL, *SMALL, "--steps", "2", *arguments)
     assert code == 2
     assert err.splitlines()[-1].startswith("klkit: ")
     assert message in err

@@ -162,21 +162,26 @@ def document_ids(model: LanguageModel, text: str) -> Tensor:
     return model.context(text)
 
 
-def environment(settings: Settings, pair: Pair) -> dict[str, Any]:
-    """What the numbers depend on beside the settings: versions, precision, digests."""
-    versions = {"klkit": __version__, "python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Versions of klkit, of Python and of the libraries that numbers depend on."""
+    found = {"klkit": __version__, "python": platform.python_version()}
     for name in VERSIONS:
         try:
-            versions[name] = metadata.version(name)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    return found
+
+
+def environment(settings: Settings, pair: Pair) -> dict[str, Any]:
+    """What the numbers depend on beside the settings: versions, precision, digests."""
     files = {}
     for option in ("prompts", "text"):
         source = getattr(settings, option)
         if source is not None and not source.startswith(MEMORY):
             files[option] = {"file": source, "sha256": hashlib.sha256(resolve(source).read_bytes()).hexdigest()}
     return {
-        "versions": versions,
+        "versions": versions(),
         "machine": platform.machine(),
         "system": platform.system(),
         "threads": torch.get_num_threads(),

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from klkit import __version__
-from klkit.api.prepare import VERSIONS
+from klkit.api.prepare import versions
 from klkit.api.prompts import read_prompts
 from klkit.models.spec import ModelSpec, load
 from klkit.report.plots import reward_kl_figure
@@ -270,12 +267,6 @@ def best_possible(training: Training, prompts: Sequence[Content]) -> list[tuple[
 
 def environment(policy: Policy, prompts: Sequence[Content], held_out: Sequence[Content]) -> dict[str, Any]:
     """Versions, and digests of what a resumed run must find unchanged."""
-    versions = {"klkit": __version__, "python": platform.python_version()}
-    for name in VERSIONS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     model, reference = policy.model, policy.reference
     digests = {
         "policy": model.digest,
@@ -283,7 +274,7 @@ def environment(policy: Policy, prompts: Sequence[Content], held_out: Sequence[C
         "prompts": _digest([model.context(content).tolist() for content in prompts]),
         "held-out prompts": _digest([model.context(content).tolist() for content in held_out]),
     }
-    return {"versions": versions, "digests": digests}
+    return {"versions": versions(), "digests": digests}
 
 
 def _digest(value: object) -> str:
