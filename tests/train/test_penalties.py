@@ -133,3 +133,23 @@ def test_leave_one_out_of_interleaved_groups():
 
 def test_every_baseline_says_that_it_is_one():
     assert [name for name, known in BASELINES.items() if known.unbiased] == ["k1_reward"]
+
+
+def test_at_the_optimum_the_noise_of_k1_in_the_reward_is_the_rewards_own():
+    # There reward − β log p(y)/q(y) is the same for every string, so nothing is left of the gradient, not even noise.
+    # What has less noise of its own, and does not share the reward's, has more of both together.
+    toy, coefficient = Toy.make(3, 3), 0.7
+    wanted = toy.law(toy.policy.log_softmax(-1)).detach()  # an optimum of the reward that is made for it:
+    reward = coefficient * (wanted / toy.law(toy.reference)).log()
+    spread = {}
+    for penalty in ("k1_reward", "rb", "mc"):
+        total = []
+        for i in range(len(wanted)):
+            for j in range(len(wanted)):
+                chosen = torch.tensor([i, j])
+                loss = penalised(penalty, rewards=lambda _, at=chosen: reward[at], coefficient=coefficient)
+                total.append(wanted[i] * wanted[j] * toy.gradient(loss(toy.batch(chosen))).square().sum())
+        spread[penalty] = float(sum(total))
+    assert spread["k1_reward"] < 1e-25
+    assert spread["rb"] > 0.01
+    assert spread["mc"] > 0.01
