@@ -29,7 +29,7 @@ def alpha_beta_divergence(
         >>> round(float(alpha_beta_divergence(p.log(), q.log(), p_power=0.2, q_power=0.7)), 6)
         0.401105
 
-    Source: A. Cichocki, S. Cruces and S. Amari, 2011; G. Wang et al. (ABKD), 2025, arXiv 2503.07067.
+    Source: A. Cichocki, S. Cruces and S. Amari, 2011; G. Wang et al. (ABKD), 2025, arXiv 2505.04560.
     """
     a, b = p_power, q_power
     if min(a, b) < 0 or a + b == 0:
