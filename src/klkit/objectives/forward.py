@@ -12,7 +12,7 @@ from __future__ import annotations
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from klkit.objectives.policy import Surrogate, require_finite
+from klkit.objectives.policy import Surrogate, require_cap, require_finite
 from klkit.objectives.policy_weights import effective_samples, prefix_weights
 
 FORWARD = "KL(q‖p) between the laws of whole responses"
@@ -60,8 +60,7 @@ def forward_kl_surrogate(
         (0.5563, 'KL(q‖p) between the laws of whole responses')
         >>> found.loss.backward()
     """
-    if cap is not None and (sampler_logp is None or cap <= 0):
-        raise ValueError(f"expected a positive cap with sampler_logp, got cap={cap:g} and sampler_logp {sampler_logp}")
+    require_cap(cap, sampler_logp)
     reverse_kl, logp, logq = (x.masked_fill(~mask, 0.0) for x in (reverse_kl, logp, logq))
     require_finite(reverse_kl, logp, logq)
     before, _, cut = prefix_weights(logq.detach(), mask, sampler_logp, cap)

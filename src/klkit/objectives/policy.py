@@ -255,10 +255,19 @@ def require_options(
         )
     if baseline is not None and group is not None:
         raise ValueError("expected a baseline or a group to take it from, got both; leave one out")
-    if cap is not None and (sampler_logp is None or cap <= 0):
-        raise ValueError(f"expected a positive cap with sampler_logp, got cap={cap:g} and sampler_logp {sampler_logp}")
+    require_cap(cap, sampler_logp)
     if mc_share and estimator != "rb":
         raise ValueError(f"expected mc_share with rb only, got it with {estimator}")
+
+
+def require_cap(cap: float | None, sampler_logp: Tensor | None) -> None:
+    """Refuse a cap of prefix weights where there are none, or one that leaves none.
+
+    Raises:
+        ValueError: that is so.
+    """
+    if cap is not None and (sampler_logp is None or cap <= 0):
+        raise ValueError(f"expected a positive cap with sampler_logp, got cap={cap:g} and sampler_logp {sampler_logp}")
 
 
 def require_finite(kl: Tensor, logp: Tensor, logq: Tensor) -> None:
