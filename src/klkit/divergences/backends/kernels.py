@@ -236,30 +236,23 @@ def _slopes(gaps: bool, mixtures: bool, in_place: bool) -> Any:
     return write
 
 
-_plain, _with_gaps, _with_all = _slopes(False, False, False), _slopes(True, False, False), _slopes(True, True, False)
-_over_plain, _over_gaps, _over_all = _slopes(False, False, True), _slopes(True, False, True), _slopes(True, True, True)
+def _chosen(in_place: bool) -> Any:
+    """The gradient of a block in the logits ``a`` of the law that comes first in ``law``, by the loop that suffices."""
+    plain, gaps, everything = (_slopes(*parts, in_place) for parts in ((False, False), (True, False), (True, True)))
+
+    @njit
+    def write(a: Any, b: Any, out: Any, law: Any, k: Any, one: Any) -> None:
+        if k[4] != ZERO:
+            everything(a, b, out, law, k, one)
+        elif k[3] != ZERO:
+            gaps(a, b, out, law, k, one)
+        else:
+            plain(a, b, out, law, k, one)
+
+    return write
 
 
-@njit
-def _write(a: Any, b: Any, out: Any, law: Any, k: Any, one: Any) -> None:
-    """The gradient of one block in the logits ``a`` of the law that comes first in ``law``."""
-    if k[4] != ZERO:
-        _with_all(a, b, out, law, k, one)
-    elif k[3] != ZERO:
-        _with_gaps(a, b, out, law, k, one)
-    else:
-        _plain(a, b, out, law, k, one)
-
-
-@njit
-def _write_over(a: Any, b: Any, law: Any, k: Any, one: Any) -> None:
-    """The same, written over ``a``."""
-    if k[4] != ZERO:
-        _over_all(a, b, a, law, k, one)
-    elif k[3] != ZERO:
-        _over_gaps(a, b, a, law, k, one)
-    else:
-        _over_plain(a, b, a, law, k, one)
+_write, _write_over = _chosen(False), _chosen(True)
 
 
 @njit
@@ -314,11 +307,11 @@ def gradients(
                 out_a[r, start:stop] = held_a[: stop - start]
                 out_b[r, start:stop] = held_b[: stop - start]
             elif want_a and in_place:
-                _write_over(x, y, law_p, k_p, one)
+                _write_over(x, y, x, law_p, k_p, one)
             elif want_a:
                 _write(x, y, out_a[r, start:stop], law_p, k_p, one)
             elif in_place:
-                _write_over(y, x, law_q, k_q, one)
+                _write_over(y, x, y, law_q, k_q, one)
             else:
                 _write(y, x, out_b[r, start:stop], law_q, k_q, one)
         if want_a and k_p[5] != ZERO:
