@@ -164,22 +164,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "expected one derivative of linear_loss, got create_graph=True; its gradients are closed forms without "
-                "a graph: use klkit.divergences on log_softmax(logits) for second derivatives"
-            )
-        kept: tuple[Tensor | None, ...] = ctx.saved_tensors
-        if grad is None:
-            return (None,) * (len(kept) + 1)
-        if _keeps_graph():
-            return (*(None if x is None else x * grad.to(x.dtype) for x in kept), None)
-        # The graph ends here, so the gradients are handed over, not copied. On a CPU the factor is at hand.
-        if grad.device.type != "cpu" or float(grad) != 1.0:
-            for x in kept:
-                if x is not None:
-                    x.mul_(grad.to(x.dtype))
-        return (*kept, None)
+        return *handed_over(ctx.saved_tensors, grad), None
 
 
 def _visit(p: Side, q: Side, plan: Plan) -> tuple[Float[Tensor, ""], Float[Tensor, "7 m"]]:
@@ -244,6 +229,29 @@ def _gather(
         if side.wanted:
             for tile, weight in side.head.tiles(side.hidden):
                 side.gather(rows, tile, weight, slope[:, tile])
+
+
+def handed_over(kept: tuple[Tensor | None, ...], grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients that were formed with a loss, times that of the loss: what its backward pass returns.
+
+    Raises:
+        RuntimeError: a second derivative is asked for.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "expected one derivative of a loss from hidden states, got create_graph=True; its gradients are closed "
+            "forms without a graph: use klkit.divergences on log_softmax(logits) for second derivatives"
+        )
+    if grad is None:
+        return (None,) * len(kept)
+    if _keeps_graph():
+        return tuple(None if x is None else x * grad.to(x.dtype) for x in kept)
+    # The graph ends here, so the gradients are handed over, not copied. On a CPU the factor is at hand.
+    if grad.device.type != "cpu" or float(grad) != 1.0:
+        for x in kept:
+            if x is not None:
+                x.mul_(grad.to(x.dtype))
+    return kept
 
 
 def amounts_of(weights: Weights, like: Float[Tensor, "7 m"]) -> Float[Tensor, "7 m"]:
