@@ -7,6 +7,8 @@ would move weight to whichever divergence happens to be smaller.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,6 +19,28 @@ from klkit.numerics import paired
 HEADS = ("cover", "inside")
 WIDTHS = (64, 1024)
 """Likeliest tokens that are looked at for a head, before a row is sorted whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadRule:
+    """Which of the likeliest tokens of ``p`` are its head; see :func:`head_weight`.
+
+    Attributes:
+        mass: share of ``p`` that makes a head.
+        rule: ``"cover"`` or ``"inside"``.
+
+    Raises:
+        ValueError: there is no such rule, or the mass is not within [0, 1].
+    """
+
+    mass: float = 0.5
+    rule: str = "cover"
+
+    def __post_init__(self) -> None:
+        if self.rule not in HEADS:
+            raise ValueError(f"expected head to be {' or '.join(HEADS)}, got {self.rule!r}")
+        if not 0 <= self.mass <= 1:
+            raise ValueError(f"expected a mass from 0 to 1, got {self.mass}; it is the share of p that makes a head")
 
 
 def adaptive_kl(
@@ -87,10 +111,7 @@ def head_weight(
 
     Source: T. Wu et al., 2024, arXiv 2404.02657; "inside" is the rule of the code released with it.
     """
-    if head not in HEADS:
-        raise ValueError(f"expected head to be {' or '.join(HEADS)}, got {head!r}")
-    if not 0 <= mass <= 1:
-        raise ValueError(f"expected a mass from 0 to 1, got {mass}; it is the share of p that makes a head")
+    HeadRule(mass, head)
     logp, logq = paired(logp, logq)
     p = logp.exp().reshape(-1, logp.shape[-1])
     gap = (p - logq.exp().reshape(p.shape)).abs()

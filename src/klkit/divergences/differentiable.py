@@ -29,6 +29,7 @@ class Divergences(NamedTuple):
         logp: ``log p(y)`` of the given tokens; None without tokens.
         logq: ``log q(y)`` of the given tokens; None without tokens.
         js: ``½ Σ p log(p/m) + ½ Σ q log(q/m)``, ``m = ½p + ½q``; None unless asked for.
+        head_weight: :func:`klkit.divergences.adaptive.head_weight`, without gradient; None unless asked for.
     """
 
     kl: Tensor
@@ -38,6 +39,7 @@ class Divergences(NamedTuple):
     logp: Tensor | None
     logq: Tensor | None
     js: Tensor | None
+    head_weight: Tensor | None = None
 
 
 def divergences(
