@@ -19,7 +19,7 @@ def test_any_leading_shape():
     a, b = pair(2, 3, 11)
     tokens = torch.arange(6).view(2, 3)
     found = divergences(a, b, tokens, js=True)
-    for x in found:
+    for x in found[:7]:
         assert x.shape == (2, 3)
     torch.testing.assert_close(found.kl, kl(log_softmax(a), log_softmax(b)))
     torch.testing.assert_close(found.logp, log_softmax(a).gather(-1, tokens[..., None])[..., 0])
