@@ -144,7 +144,7 @@ def test_lora_on_the_head_is_refused():
 def test_policies_that_cannot_be_trained_whole_are_refused():
     with pytest.raises(ValueError, match="expected weights in float32 to train all of them, got torch"):
         full_policy(load("klkit:reviews", dtype="bfloat16"))
-    with pytest.raises(ValueError, match="expected a policy without an adapter"):
+    with pytest.raises(ValueError, match="expected a model without an adapter to train"):
         full_policy(load("klkit:docs-lora"))
 
 

@@ -113,7 +113,7 @@ def test_lora_gradients_are_those_of_a_policy_of_its_own():
     x = strings(made)
     form_gradients(made, read_part(made, x, REWARDS), Recipe(), 0.7)
     shared = collected(made)
-    apart = type(made)(made.model, load(str(folder("gpt2")), dtype="float64"), made.adapter)
+    apart = type(made)(made.model, made.adapter, reference=load(str(folder("gpt2")), dtype="float64"))
     form_gradients(apart, read_part(apart, x, REWARDS), Recipe(), 0.7)
     assert torch.allclose(collected(apart), shared, rtol=1e-9, atol=1e-12)
     assert float(shared.abs().max()) > 0

@@ -2,53 +2,31 @@
 
 from __future__ import annotations
 
-import copy
-import importlib.util
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from klkit.models.base import VocabularyMismatch
-from klkit.rng import stream
 from klkit.sequences import Sequences
+from klkit.train.learner import ALL_LAYERS, Learner, full_learner, lora_learner
 
 if TYPE_CHECKING:
     from klkit.models.hf import HuggingFaceModel
 
-ALL_LAYERS = "all-linear"
-
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Policy:
-    """A model under training and the law it is held to.
+class Policy(Learner):
+    """A model under training, the policy ``p``, and the law it is held to.
 
     Attributes:
-        model: the policy ``p``; training changes its weights in place.
         reference: ``q``, which stays as it is.
-        adapter: the network with its adapter, as peft wraps it; None where all weights are trained.
     """
 
-    model: HuggingFaceModel
-    reference: HuggingFaceModel
-    adapter: Any = None
-
-    @property
-    def saved(self) -> Any:
-        """What ``save_pretrained`` is called on: the whole network, or its adapter alone."""
-        return self.model.model if self.adapter is None else self.adapter
-
-    @property
-    def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """What is trained, by name, in an order that does not change."""
-        found = self.model.model.named_parameters()
-        if self.adapter is None:
-            return list(found)
-        return [(name, weight) for name, weight in found if "lora_" in name]
+    reference: HuggingFaceModel = field(kw_only=True)
 
 
 def full_policy(model: HuggingFaceModel, reference: HuggingFaceModel | None = None) -> Policy:
@@ -58,25 +36,9 @@ def full_policy(model: HuggingFaceModel, reference: HuggingFaceModel | None = No
         VocabularyMismatch: the reference does not choose from the same tokens.
         ValueError: weights are in half precision, or belong to an adapter.
     """
-    from klkit.models.hf import HuggingFaceModel
-
     reference = model if reference is None else reference
     require_same_vocabulary(model, reference)
-    network = copy.deepcopy(model.model)
-    names = [name for name, _ in network.named_parameters()]
-    if any(".base_layer." in name for name in names):
-        raise ValueError(
-            f"expected a policy without an adapter, got {model.name}, whose layers carry one; merge it into the "
-            f"weights (merge_and_unload in peft) and train the result"
-        )
-    if model.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"expected weights in float32 to train all of them, got {model.dtype} in {model.name}: small updates would "
-            f"be rounded away; add dtype=float32 to the model, or train an adapter with --lora 16"
-        )
-    network.requires_grad_(True)
-    ends = model.vocabulary.ends
-    return Policy(HuggingFaceModel(network, model.tokenizer, name=model.name, ends=ends), reference)
+    return Policy(full_learner(model).model, reference=reference)
 
 
 def lora_policy(
@@ -90,75 +52,10 @@ def lora_policy(
 ) -> Policy:
     """A LoRA adapter of ``rank`` on a copy of ``model``; the reference is the same network, adapter off.
 
-    There is one set of frozen weights. Both models run the same kernels on them, so their divergence is exactly 0
-    before the first step.
-
-    Args:
-        alpha: scale of the adapter times its rank; by default twice the rank.
-        layers: names of the layers that get one; by default all linear ones but the head.
-        seed: names the adapter's random start.
-        in_place: put the adapter on ``model`` itself, which is of no other use afterwards: half the memory.
-
-    Raises:
-        ImportError: peft is not installed.
-        ValueError: the adapter would be on the output head, or fits no layer, or the rank is below 1.
-
-    Source: E. J. Hu et al. (2021), LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685.
+    Args, raises and source: as :func:`klkit.train.learner.lora_learner`.
     """
-    from klkit.models.checkpoints import quiet
-    from klkit.models.hf import HuggingFaceModel
-
-    if importlib.util.find_spec("peft") is None:
-        raise ImportError("expected the peft library for LoRA, got none; install it with: pip install 'klkit[peft]'")
-    import peft
-
-    if rank < 1:
-        raise ValueError(f"expected a LoRA rank of at least 1, got {rank}; 16 is common")
-    network: Any = model.model if in_place else copy.deepcopy(model.model)
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=alpha if alpha is not None else 2 * rank,  # type: ignore[arg-type]
-        target_modules=layers if isinstance(layers, str) else list(layers),
-        task_type="CAUSAL_LM",
-    )
-    try:
-        # The library starts adapters from the global generator; its draws are put back, and replaced below.
-        with quiet(), torch.random.fork_rng(devices=[]):
-            wrapped: Any = peft.get_peft_model(network, config)
-    except ValueError as error:
-        raise ValueError(
-            f"expected layers of {model.name} that an adapter fits on, got {layers!r}: {error}; leave --lora-layers "
-            f"out for all linear layers but the head"
-        ) from None
-    head = wrapped.get_base_model().get_output_embeddings()
-    if hasattr(head, "base_layer"):
-        raise ValueError(
-            f"expected LoRA on layers below the output head, got it on the head of {model.name} too: the KL term reads "
-            f"that layer as one plain matrix; leave it out of --lora-layers"
-        )
-    generator = stream(seed, "lora")
-    with torch.no_grad():
-        for name, weight in sorted(wrapped.named_parameters()):
-            if "lora_A" in name:
-                bound = 1 / math.sqrt(weight.shape[1])
-                weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
-    states: list[bool] = []
-
-    def switch(on: bool) -> None:
-        if states != [on]:
-            (wrapped.base_model.enable_adapter_layers if on else wrapped.base_model.disable_adapter_layers)()
-            states[:] = [on]
-
-    base, ends = wrapped.get_base_model(), model.vocabulary.ends
-
-    def view(on: bool) -> HuggingFaceModel:
-        name = model.name if on else f"{model.name} without its adapter"
-        return HuggingFaceModel(base, model.tokenizer, name=name, ends=ends, activate=lambda: switch(on))
-
-    reference, policy = view(False), view(True)
-    # The adapter stays on between passes, since switching it off also stops its gradients.
-    switch(True)
-    return Policy(policy, reference, wrapped)
+    learner, reference = lora_learner(model, rank, alpha=alpha, layers=layers, seed=seed, in_place=in_place)
+    return Policy(learner.model, learner.adapter, reference=reference)
 
 
 def require_same_vocabulary(p: HuggingFaceModel, q: HuggingFaceModel) -> None:
