@@ -12,10 +12,11 @@ SOURCE = Path(klkit.__file__).parent
 
 # A module may import from its own level and from the levels above it in this list.
 LEVELS = [
-    {"numerics", "rng", "stats"},
+    {"numerics", "rng", "stats", "files"},
     {"sequences", "results"},
     {"divergences"},
     {"models", "objectives"},
+    {"caches"},
     {"sampling", "estimators"},
     {"train", "report", "zoo"},
     {"api"},

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from klkit.report.record import write_text
+from klkit.files import write_text
 from klkit.rng import numpy_stream
 
 Work = Callable[[Mapping[str, Any], Path], dict[str, Any]]

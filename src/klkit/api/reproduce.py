@@ -25,8 +25,8 @@ from klkit.api.settings import Settings
 from klkit.api.strings import Observer
 from klkit.estimators import ESTIMATORS
 from klkit.estimators.statistics import TokenStatistics
+from klkit.files import write_text
 from klkit.report.plots import per_prompt_figure
-from klkit.report.record import write_text
 from klkit.results import jsonable
 from klkit.rng import numpy_stream
 from klkit.sequences import Prompts

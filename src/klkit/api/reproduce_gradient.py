@@ -27,10 +27,10 @@ from klkit.api.prompts import read_prompts
 from klkit.divergences.differentiable import divergences
 from klkit.estimators import ESTIMATORS
 from klkit.estimators.statistics import TokenStatistics, score
+from klkit.files import write_atomically
 from klkit.models.hf import HuggingFaceModel
 from klkit.models.spec import load
 from klkit.objectives.policy import GRADIENT_ESTIMATORS, best_share, kl_surrogate
-from klkit.report.record import write_atomically
 from klkit.rng import numpy_stream
 from klkit.sampling.ancestral import sample
 from klkit.train.policy import Decisions

@@ -16,7 +16,7 @@ import numpy as np
 from klkit.api.reproduce_gradient import BIASED, FORMULAS, PUBLISHED, GradientStudy, Spread
 from klkit.api.reproduce_rlhf import Point
 from klkit.api.tradeoff import ROOM, Comparison, ExactFrontier, Findings
-from klkit.report.record import write_text
+from klkit.files import write_text
 from klkit.report.reproductions import frontier_figure, ratios_figure, scatter_figure
 from klkit.results import plain
 from klkit.stats.spread import Scatter

@@ -264,7 +264,7 @@ def write_json(result: Mapping[str, Any], target: str) -> None:
     if target == "-":
         print(text)
     else:
-        from klkit.report.record import write_text
+        from klkit.files import write_text
 
         try:
             Path(target).parent.mkdir(parents=True, exist_ok=True)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from klkit.files import write_text
 from klkit.report.plots import estimators_figure, position_figure, strings_figure
-from klkit.report.record import REPORT, RunFolder, disk_errors, write_text
+from klkit.report.record import REPORT, RunFolder, disk_errors
 from klkit.report.shards import Shown
 from klkit.report.text import printable
 

@@ -15,11 +15,10 @@ exactly when its shard is there; everything else can be rebuilt from the shards.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from klkit.files import file_digest, write_atomically, write_text
 from klkit.report.shards import Batch, Shown, flatten, join_shards, read_column, read_shown, unflatten
 
 CONFIG, RESULT, SAMPLES, TENSORS, TOKENS, ENV, REPORT, SHARDS = (
@@ -49,25 +49,6 @@ FREE_ON_RESUME = frozenset({"batch_size", "unit", "out", "json", "resume", "meth
 
 class RunFolderError(ValueError):
     """A run folder cannot be used as asked: it is missing, corrupt, or belongs to another run."""
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Run ``write`` on a neighbour of ``path`` and rename it into place: whole or not at all."""
-    beside = path.with_name(path.name + ".part")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file whole or not at all."""
-
-    def write(beside: Path) -> None:
-        beside.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
 
 
 @contextmanager
@@ -195,7 +176,7 @@ class RunFolder:
             try:
                 save_file(flatten(batch), beside)
                 # The name carries a digest, so that a shard that rots is not read as numbers.
-                os.replace(beside, self.path / SHARDS / f"{index:05d}-{_digest(beside)}.safetensors")
+                os.replace(beside, self.path / SHARDS / f"{index:05d}-{file_digest(beside)}.safetensors")
             finally:
                 beside.unlink(missing_ok=True)
             with (self.path / SAMPLES).open("a", encoding="utf-8") as file:
@@ -224,7 +205,7 @@ class RunFolder:
         """
         for path in self.shards():
             try:
-                if _digest(path) != path.stem.split("-", 1)[1]:
+                if file_digest(path) != path.stem.split("-", 1)[1]:
                     raise ValueError("its content is not what was written")
                 batch = unflatten(load_file(path))
             except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
@@ -301,7 +282,3 @@ class RunFolder:
 def _plain(value: Any) -> Any:
     """``value`` as it reads after a trip through JSON."""
     return json.loads(json.dumps(value))
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -18,7 +18,8 @@ from typing import Any
 
 import yaml
 
-from klkit.report.record import RunFolderError, write_text
+from klkit.files import write_text
+from klkit.report.record import RunFolderError
 from klkit.results import jsonable
 from klkit.train.checkpoints import checkpoints
 
