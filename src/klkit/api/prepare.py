@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from klkit import __version__
-from klkit.api.prompts import resolve
 from klkit.api.settings import CAP_STRINGS, DEFAULT_STRINGS, Settings
 from klkit.api.strings import Plan
 from klkit.models.align import align, context_note
@@ -22,6 +21,7 @@ from klkit.models.spec import ModelSpec, load_pair
 from klkit.models.wrap import temperature
 from klkit.sequences import Prompts
 from klkit.stats.intervals import MINIMUM_CLUSTERS
+from klkit.train.records import resolve
 
 MEMORY = "memory:"  # stands for prompts that were given in Python, in the record of a run
 VERSIONS = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft")
