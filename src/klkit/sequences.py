@@ -201,3 +201,25 @@ class Sequences:
             if f.name not in ("tokens", "sampler_logp")
         }
         return Sequences(tokens=torch.cat(pad), sampler_logp=torch.cat(logps) if logps else None, **rest)
+
+
+def predicted(
+    labels: Int[Tensor, "n l"], *, ignore: int = -100
+) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"], Int[Tensor, " m"]]:
+    """(row, column, token) of every label that a causal model predicts: outputs at that column are for that token.
+
+    For labels in the convention of transformers, where ``labels[i, t]`` stands at its own token's place: what predicts
+    it is the output one column before. A label in column 0 is predicted by nothing.
+
+    Args:
+        labels: token ids, and ``ignore`` where none is wanted.
+        ignore: what marks prompts and padding.
+
+    Example:
+        >>> import torch
+        >>> row, column, token = predicted(torch.tensor([[-100, 7, 8], [-100, -100, 9]]))
+        >>> row.tolist(), column.tolist(), token.tolist()
+        ([0, 0, 1], [0, 1, 1], [7, 8, 9])
+    """
+    row, column = (labels[:, 1:] != ignore).nonzero().unbind(1)
+    return row, column, labels[row, column + 1]

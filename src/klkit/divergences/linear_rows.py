@@ -1,7 +1,7 @@
 """A loss of one model's logits, whatever it is, from its hidden states and head: any divergence, in bounded memory.
 
-Where :mod:`klkit.divergences.linear_loss` has closed forms for the divergences everybody uses, this takes any function of
-a chunk of logits and leaves its gradient in those logits to autograd, a chunk at a time.
+Where :mod:`klkit.divergences.linear_loss` has closed forms for the divergences everybody uses, this takes any function
+of a chunk of logits and leaves its gradient in those logits to autograd, a chunk at a time.
 """
 
 from __future__ import annotations
@@ -98,10 +98,11 @@ def _visit(side: Side, plan: _Plan) -> tuple[Float[Tensor, ""], list[Float[Tenso
         logits = head.logits(side.hidden[rows]).requires_grad_(side.wanted)
         with torch.set_grad_enabled(side.wanted):
             added, numbers = plan.function(logits, rows)
+            together = added.sum()
         loss += added.detach().double().sum()
         found.append(tuple(x.detach() for x in numbers))
         if side.wanted and count:
-            (slope,) = torch.autograd.grad(added.sum(), logits)
+            (slope,) = torch.autograd.grad(together, logits)
             side.uncap(slope, logits.detach())
             slope *= head.factor
             for tile, weight in head.tiles(side.hidden):

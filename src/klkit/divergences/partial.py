@@ -39,7 +39,7 @@ class Logits:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Hidden:
-    """Laws given by what enters an output head, ``(m, d)``, and that head: their logits exist for some rows at a time."""
+    """Laws given by what enters an output head, ``(m, d)``, and that head; logits exist for some rows at a time."""
 
     hidden: Float[Tensor, "m d"]
     head: Head
