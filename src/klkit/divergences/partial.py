@@ -125,8 +125,8 @@ def bucketed(
     Example:
         >>> law = TopK(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.25]]).log())
         >>> p, q = bucketed(law, torch.tensor([[0.25, 0.25, 0.125, 0.375]]).log())
-        >>> p.exp().tolist(), q.exp().tolist()
-        ([[0.5, 0.25, 0.25]], [[0.25, 0.25, 0.5]])
+        >>> [[round(x, 6) for x in law[0].exp().tolist()] for law in (p, q)]
+        [[0.5, 0.25, 0.25], [0.25, 0.25, 0.5]]
     """
     tokens, logp = law.tokens[rows], law.logp[rows].to(logq.dtype)
     require_tokens(tokens, logq.shape[-1])
