@@ -309,12 +309,14 @@ def score(
     batch_size: int = 32,
     features: Float[Tensor, "v f"] | None = None,
     mixture: bool = False,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> TokenStatistics:
     """Score given strings with both models: one teacher-forced pass of each, batch by batch.
 
     Args:
         contexts_q: what ``q`` reads before each string, when it differs from ``p``'s context.
         batch_size: strings a batch; the same batches, and so the same shapes, for both models.
+        watch: see :func:`collect`; shown the decisions of all batches in order.
 
     Example:
         >>> from klkit.models.automaton import coin
@@ -330,7 +332,16 @@ def score(
     for i in range(0, len(x), batch_size):
         chosen = torch.arange(i, min(i + batch_size, len(x)))
         mine, theirs = x.select(chosen), y.select(chosen)
-        parts.append(
-            collect(p, p.encode(mine), q, q.encode(theirs), mine, features=features, mixture=mixture, backend=backend)
+        part = collect(
+            p,
+            p.encode(mine),
+            q,
+            q.encode(theirs),
+            mine,
+            features=features,
+            mixture=mixture,
+            backend=backend,
+            watch=watch,
         )
+        parts.append(part)
     return TokenStatistics.cat(parts)
