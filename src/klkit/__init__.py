@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from klkit.api.prompts import read_prompts as read_prompts
     from klkit.api.verbs import estimate as estimate
+    from klkit.divergences.adaptive import adaptive_kl as adaptive_kl
     from klkit.divergences.f import total_variation as total_variation
     from klkit.divergences.kl import cross_entropy as cross_entropy
     from klkit.divergences.kl import entropy as entropy
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from klkit.models.base import VocabularyMismatch as VocabularyMismatch
     from klkit.models.laws import check_laws as check_laws
     from klkit.models.spec import load as load
+    from klkit.objectives.distill import distillation_loss as distillation_loss
     from klkit.objectives.forward import forward_kl_surrogate as forward_kl_surrogate
     from klkit.objectives.gradient_check import check_gradient as check_gradient
     from klkit.objectives.policy import kl_surrogate as kl_surrogate
@@ -59,11 +61,13 @@ _HOME = {
     "jeffreys": "divergences.kl",
     "entropy": "divergences.kl",
     "cross_entropy": "divergences.kl",
+    "adaptive_kl": "divergences.adaptive",
     "jensen_shannon": "divergences.mixtures",
     "total_variation": "divergences.f",
     "kl_surrogate": "objectives.policy",
     "forward_kl_surrogate": "objectives.forward",
     "linear_kl_surrogate": "objectives.policy_linear",
+    "distillation_loss": "objectives.distill",
     "check_gradient": "objectives.gradient_check",
     "Prompts": "sequences",
     "Sequences": "sequences",

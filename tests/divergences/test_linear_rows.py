@@ -62,7 +62,8 @@ def test_half_precision_weights_are_computed_with_in_single():
     wide = [x.detach().float().requires_grad_() for x in (hidden, weight, bias)]
     added, _ = squares(dense(*wide, 1.0, None), slice(0, 23))
     torch.testing.assert_close(loss, added.sum())
-    for found, true in zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(added.sum(), wide[:2])):
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    for found, true in zip(grads, torch.autograd.grad(added.sum(), wide[:2]), strict=True):
         torch.testing.assert_close(found.float(), true, rtol=1e-2, atol=1e-2)
 
 

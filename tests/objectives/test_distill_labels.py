@@ -10,7 +10,11 @@ from klkit.objectives.distill_losses import LOSSES, token_loss
 from klkit.objectives.policy import kl_surrogate
 from klkit.objectives.toy import Toy
 
-LAWS = {"teacher": lambda toy: toy.reference, "student": lambda toy: toy.policy.log_softmax(-1), "data": lambda t: t.old}
+LAWS = {
+    "teacher": lambda toy: toy.reference,
+    "student": lambda toy: toy.policy.log_softmax(-1),
+    "data": lambda t: t.old,
+}
 
 
 def one_loss_a_string(toy, key, temperature=1.0):

@@ -124,13 +124,10 @@ def distillation_loss(
         temperature=temperature,
         backend=backend,
     )
-    if isinstance(student, Logits):
-        added, table = form(student.logits, slice(0, len(student)))
-        value, table = added.sum(), tuple(x.detach() for x in table)
-    elif isinstance(teacher, Hidden) and loss.fused is not None:
-        value, table = _fused(teacher, student, form, rows)
-    else:
-        value, table = linear_rows(student.hidden, student.head, form, rows=rows)
+    try:
+        value, table = _summed(teacher, student, form, rows)
+    except ValueError as error:
+        raise _blamed(error, teacher, student) from error
     divergence, forward, reverse, head, least, greatest, text = table
     whole = teacher is not None and not isinstance(teacher, Sampled)
     bracketed = isinstance(teacher, TopK) and loss.head is not None
@@ -145,6 +142,32 @@ def distillation_loss(
         count=count,
         exactness=exactness(type(teacher), loss),
     )
+
+
+def _summed(
+    teacher: Teacher | None, student: Student, form: RowForm, rows: int | None
+) -> tuple[Float[Tensor, ""], tuple[Float[Tensor, " m"], ...]]:
+    """The loss, and the seven numbers a decision of :class:`klkit.objectives.distill_rows.RowForm`."""
+    if isinstance(student, Logits):
+        added, table = form(student.logits, slice(0, len(student)))
+        return added.sum(), tuple(x.detach() for x in table)
+    if isinstance(teacher, Hidden) and form.loss.fused is not None:
+        return _fused(teacher, student, form, rows)
+    return linear_rows(student.hidden, student.head, form, rows=rows)
+
+
+def _blamed(error: ValueError, teacher: Teacher | None, student: Student) -> ValueError:
+    """The error, with the name of the model whose numbers are none."""
+    for name, law in (("teacher", teacher), ("student", student)):
+        if isinstance(law, (Logits, Hidden)):
+            values = law.logits if isinstance(law, Logits) else law.hidden
+            bad = values.detach().isnan().any(-1).nonzero()
+            if len(bad):
+                return ValueError(
+                    f"expected numbers from the {name}, got NaN at {len(bad)} of {len(values)} decisions, the first of "
+                    f"them {int(bad[0])}; if its weights are in half precision, load it with dtype=float32"
+                )
+    return error
 
 
 def _fused(
