@@ -20,7 +20,8 @@ from klkit.sequences import Content
 from klkit.train.checkpoints import restore, save_checkpoint
 from klkit.train.evaluate import Evaluation, evaluate
 from klkit.train.folder import CHECKPOINTS, EVALUATIONS, FIGURE, METRICS, TrainingFolder
-from klkit.train.policy import ALL_LAYERS, Policy, full_policy, lora_policy
+from klkit.train.learner import ALL_LAYERS
+from klkit.train.policy import Policy, full_policy, lora_policy
 from klkit.train.recipe import Recipe
 from klkit.train.rewards import GRAMMAR, Reward, RewardError, read_reward
 from klkit.train.rl import Metrics, State, TrainingStopped, start, step

@@ -56,7 +56,7 @@ class DistillState:
         step: steps done.
     """
 
-    PROGRESS: ClassVar = ("step",)
+    PROGRESS: ClassVar[tuple[str, ...]] = ("step",)
 
     student: Learner
     optimizer: torch.optim.Optimizer

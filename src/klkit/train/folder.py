@@ -1,17 +1,19 @@
 """The folder of a training run: its options, a line a step, its checkpoints.
 
 config.yaml          the options
-env.json             versions, and digests of models and prompts
+env.json             versions, and digests of models and data
 metrics.jsonl        what each step measured
-evaluations.jsonl    KL by rb_cv and reward on held-out prompts
+evaluations.jsonl    what held-out data showed along the way
 checkpoints/         see klkit.train.checkpoints
-reward_kl.png        reward against KL
+reward_kl.png        reward against KL, of a policy
+report.html          curves, of a student
+teacher_text.jsonl   what the teacher wrote for a student
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +49,18 @@ class TrainingFolder:
 
     @classmethod
     def create(
-        cls, path: Path, config: Mapping[str, Any], env: Mapping[str, Any], *, resume: bool = False
+        cls,
+        path: Path,
+        config: Mapping[str, Any],
+        env: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        free: Collection[str] = FREE_ON_RESUME,
     ) -> TrainingFolder:
         """Open a folder for a new run, or the one of the run to be continued.
+
+        Args:
+            free: options that may differ from those of the run to be continued.
 
         Raises:
             RunFolderError: it holds something else, or a run with other options or models, or cannot be written.
@@ -63,7 +74,7 @@ class TrainingFolder:
             todo = "add --resume to continue it, or choose another --out" if started else "choose another --out"
             raise RunFolderError(f"expected an empty or new folder for --out, got {path}, which holds {what}; {todo}")
         if resume and started:
-            folder._require_same(config, env)
+            folder._require_same(config, env, free)
         try:
             (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             write_text(path / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
@@ -100,7 +111,7 @@ class TrainingFolder:
             kept = [line for line in self.lines(name) if line["step"] <= step]
             write_text(self.path / name, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def _require_same(self, config: Mapping[str, Any], env: Mapping[str, Any]) -> None:
+    def _require_same(self, config: Mapping[str, Any], env: Mapping[str, Any], free: Collection[str]) -> None:
         try:
             before = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
             past = json.loads((self.path / ENV).read_text(encoding="utf-8"))
@@ -112,7 +123,7 @@ class TrainingFolder:
         differing = [
             f"{name}: {then.get(name)!r} then, {now.get(name)!r} now"
             for name in dict.fromkeys((*then, *now))
-            if name not in FREE_ON_RESUME and then.get(name) != now.get(name)
+            if name not in free and then.get(name) != now.get(name)
         ]
         if differing:
             raise RunFolderError(
@@ -122,7 +133,7 @@ class TrainingFolder:
         changed = [name for name, digest in env["digests"].items() if past["digests"].get(name) != digest]
         if changed:
             raise RunFolderError(
-                f"expected the models and prompts that the run in {self.path} was started with, got other "
+                f"expected the models and data that the run in {self.path} was started with, got other "
                 f"{' and '.join(changed)} under the same names; restore them, or choose another --out"
             )
 

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Int
@@ -50,6 +50,8 @@ class State:
         step: steps done.
     """
 
+    PROGRESS: ClassVar[tuple[str, ...]] = ("step", "coefficient")
+
     policy: Policy
     optimizer: torch.optim.Optimizer
     recipe: Recipe
@@ -58,6 +60,11 @@ class State:
     reward: Reward
     coefficient: float
     step: int = 0
+
+    @property
+    def learner(self) -> Policy:
+        """What a checkpoint holds."""
+        return self.policy
 
 
 @dataclass(frozen=True, slots=True)
