@@ -147,10 +147,11 @@ class _figure:
     """A small figure in klkit's style, without pyplot's global state."""
 
     axes: Axes
+    panels: list[Axes]
     figure: Figure
 
-    def __init__(self, width: float, height: float) -> None:
-        self.size = (width, height)
+    def __init__(self, width: float, height: float, *, rows: int = 1, columns: int = 1) -> None:
+        self.size, self.shape = (width, height), (rows, columns)
 
     def __enter__(self) -> _figure:
         from matplotlib import rc_context
@@ -159,7 +160,8 @@ class _figure:
         self.context = rc_context(STYLE)
         self.context.__enter__()
         self.figure = Figure(figsize=self.size, layout="constrained")
-        self.axes = self.figure.subplots()
+        self.panels = list(self.figure.subplots(*self.shape, squeeze=False).flat)
+        self.axes = self.panels[0]
         return self
 
     def __exit__(self, *error: object) -> None:
