@@ -13,7 +13,7 @@ hook = install_import_hook("klkit", "beartype.beartype")
 hook.__enter__()
 
 # What numba and torch.compile compile cannot be wrapped.
-COMPILED = tuple(f"klkit.divergences.backends.{name}" for name in ("kernels", "lanes", "graphs"))
+COMPILED = tuple(f"klkit.divergences.backends.{name}" for name in ("kernels", "heads", "lanes", "graphs"))
 finder = sys.meta_path[0]
 instruments = finder.should_instrument
 finder.should_instrument = lambda name: instruments(name) and name not in COMPILED

@@ -22,6 +22,8 @@ def pair(seed: int, rows: int, size: int, scale: float = 2.0) -> tuple[torch.Ten
 
 def sorted_head(p: list[float], mass: float, head: str) -> set[int]:
     """The rules as they are said, on Python floats."""
+    if mass == 1:
+        return set(range(len(p)))
     order = sorted(range(len(p)), key=lambda i: (-p[i], i))
     chosen, total = [], 0.0
     for i in order:

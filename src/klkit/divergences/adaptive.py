@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from klkit.divergences.kl import kl, reverse_kl
-from klkit.numerics import paired
+from klkit.divergences.kl import nonnegative_kl
+from klkit.numerics import by_rows, paired
 
 HEADS = ("cover", "inside")
 WIDTHS = (64, 1024)
@@ -75,16 +75,16 @@ def adaptive_kl(
 
     Source: T. Wu et al., 2024, arXiv 2404.02657.
     """
+    rule = HeadRule(mass, head)
     logp, logq = paired(logp, logq)
-    weight = head_weight(logp, logq, mass=mass, head=head)
+    weight = _weight(logp, logq, rule)
     if swapped:
         weight = 1 - weight
     # A direction without weight is no part of the sum, even if it is infinite.
-    forward = torch.where(weight > 0, kl(logp, logq), 0.0)
-    return weight * forward + (1 - weight) * torch.where(weight < 1, reverse_kl(logp, logq), 0.0)
+    forward = torch.where(weight > 0, nonnegative_kl(logp, logq), 0.0)
+    return weight * forward + (1 - weight) * torch.where(weight < 1, nonnegative_kl(logq, logp), 0.0)
 
 
-@torch.no_grad()
 def head_weight(
     logp: Float[Tensor, "*b v"], logq: Float[Tensor, "*b v"], *, mass: float = 0.5, head: str = "cover"
 ) -> Float[Tensor, "*b"]:
@@ -96,7 +96,7 @@ def head_weight(
     Shapes: ``(*b, v)`` and ``(*b, v)`` to ``(*b)``.
 
     Args:
-        mass: share of ``p`` that makes a head.
+        mass: share of ``p`` that makes a head; at 1 everything does.
         head: ``"cover"`` takes the fewest of the likeliest tokens whose mass reaches ``mass``; ``"inside"`` as many as
             have at most that, and at least one. Of tokens equally likely the first come first.
 
@@ -111,39 +111,68 @@ def head_weight(
 
     Source: T. Wu et al., 2024, arXiv 2404.02657; "inside" is the rule of the code released with it.
     """
-    HeadRule(mass, head)
-    logp, logq = paired(logp, logq)
-    p = logp.exp().reshape(-1, logp.shape[-1])
-    gap = (p - logq.exp().reshape(p.shape)).abs()
-    in_head = p.new_empty(len(p))
-    rows = torch.arange(len(p), device=p.device)
-    for width in (*(w for w in WIDTHS if w < p.shape[1]), p.shape[1]):
+    rule = HeadRule(mass, head)
+    return _weight(*paired(logp, logq), rule)
+
+
+@torch.no_grad()
+def _weight(logp: Float[Tensor, "*b v"], logq: Float[Tensor, "*b v"], rule: HeadRule) -> Float[Tensor, "*b"]:
+    """:func:`head_weight` of rows that are known to be of one shape, one precision, and normalised."""
+
+    def gaps(logp: Tensor, logq: Tensor) -> Tensor:
+        p = logp.exp()
+        gap = (p - logq.exp()).abs_()
+        return torch.stack([head_gap(logp, p, gap, rule), gap.sum(-1)], -1)
+
+    return share(by_rows(gaps, logp.detach(), logq.detach()))
+
+
+def share(gaps: Float[Tensor, "*b 2"]) -> Float[Tensor, "*b"]:
+    """The head's weight, from ``Σ |p − q|`` over the head and over everything."""
+    head, whole = gaps.unbind(-1)
+    return torch.where(whole > 0, head / whole, 0.5).clamp(max=1.0)
+
+
+def head_gap(
+    order: Float[Tensor, "m v"], p: Float[Tensor, "m v"], gap: Float[Tensor, "m v"], rule: HeadRule
+) -> Float[Tensor, " m"]:
+    """``Σ gap`` over the head of each row, the likeliest tokens of ``p``.
+
+    Whole rows are sorted only where the likeliest few do not tell where the head ends.
+
+    Args:
+        order: something that grows with ``p``, like log-probabilities or logits.
+    """
+    if rule.mass == 1:
+        return gap.sum(-1)
+    found = gap.new_empty(len(gap))
+    rows = torch.arange(len(gap), device=gap.device)
+    for width in (*(w for w in WIDTHS if w < gap.shape[1]), gap.shape[1]):
         if not len(rows):
             break
-        found, done = _head_gap(p[rows], gap[rows], width, mass, head)
-        in_head[rows[done]] = found[done]
+        part = (order, p, gap) if len(rows) == len(gap) else (order[rows], p[rows], gap[rows])
+        value, done = _gap_of_likeliest(*part, width, rule)
+        found[rows[done]] = value[done]
         rows = rows[~done]
-    total = gap.sum(-1)
-    return torch.where(total > 0, in_head / total, 0.5).clamp(max=1.0).reshape(logp.shape[:-1])
+    return found
 
 
-def _head_gap(p: Tensor, gap: Tensor, width: int, mass: float, head: str) -> tuple[Tensor, Tensor]:
-    """``Σ_head gap`` from the ``width`` likeliest tokens, and the rows in which these are enough to tell."""
-    if width < p.shape[1]:
-        likely, token = p.topk(width, dim=-1)
+def _gap_of_likeliest(order: Tensor, p: Tensor, gap: Tensor, width: int, rule: HeadRule) -> tuple[Tensor, Tensor]:
+    """``Σ gap`` over the head, if it is among the ``width`` likeliest tokens, and the rows in which that is certain."""
+    whole = width == p.shape[1]
+    if whole:
+        value, token = order.sort(dim=-1, descending=True, stable=True)
     else:
-        likely, token = p.sort(dim=-1, descending=True, stable=True)
-    reached = likely.double().cumsum(-1)
-    before = reached - likely.double()
+        # Of equals those with the least ids come first, which a selection does not keep.
+        token = order.topk(width, dim=-1).indices.sort(dim=-1).values
+        value, place = order.gather(-1, token).sort(dim=-1, descending=True, stable=True)
+        token = token.gather(-1, place)
+    likely = p.gather(-1, token).double()
+    reached = likely.cumsum(-1)
     # Sums of rounded probabilities miss round numbers by a little.
     slack = 1e-12 if p.dtype == torch.float64 else 1e-6
-    inside = before < mass - slack if head == "cover" else reached <= mass + slack
+    inside = reached - likely < rule.mass - slack if rule.rule == "cover" else reached <= rule.mass + slack
     inside[:, 0] = True
-    found = (gap.gather(-1, token) * inside).sum(-1)
-    if width == p.shape[1]:
-        return found, torch.ones_like(inside[:, 0])
-    # Enough if the head ends within, and not among equals, whose order the selection does not keep.
-    last = inside.sum(-1, keepdim=True) - 1
-    ends = last[:, 0] < width - 1
-    following = likely.gather(-1, (last + 1).clamp(max=width - 1))
-    return found, ends & (likely.gather(-1, last) > following)[:, 0]
+    last = value.gather(-1, inside.sum(-1, keepdim=True) - 1)[:, 0]
+    # Tokens as likely as the least likely of these may have been left out.
+    return (gap.gather(-1, token) * inside).sum(-1), (last > value[:, -1]) | whole

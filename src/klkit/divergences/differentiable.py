@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from klkit.divergences import backends
+from klkit.divergences.adaptive import HeadRule, share
 from klkit.divergences.fused import require_same_shape
 from klkit.divergences.sums import RowSums, RowValues, Slopes, norms_of, values
 from klkit.numerics import wide_dtype
@@ -48,6 +49,7 @@ def divergences(
     tokens: Int[Tensor, "*b"] | None = None,
     *,
     js: bool = False,
+    head: HeadRule | None = None,
     overwrite: bool = False,
     backend: str | None = None,
 ) -> Divergences:
@@ -64,6 +66,8 @@ def divergences(
         logits_q: logits of ``q``.
         tokens: tokens whose log-probabilities are wanted.
         js: also the Jensen-Shannon divergence, for another visit.
+        head: also how much of the difference is in the head that this gives ``p``, the weight in
+            :func:`klkit.divergences.adaptive.adaptive_kl`; for another visit, a short one where the laws are peaked.
         overwrite: let the backward pass write gradients where the logits are, so that it needs no memory;
             the logits must be contiguous, and are lost. Autograd refuses the pass if it needs them elsewhere.
         backend: by default the one that :func:`klkit.divergences.backends.choose` names for this much work.
@@ -94,8 +98,8 @@ def divergences(
     backends.get(name, logits_p, logits_q)  # refuses an unknown one here rather than inside autograd
     drawn = torch.zeros(shape, dtype=torch.long, device=logits_p.device) if tokens is None else tokens
     flat = logits_p.reshape(-1, size), logits_q.reshape(-1, size), drawn.reshape(-1)
-    found = _Divergences.apply(*flat, js, overwrite, name)  # type: ignore[no-untyped-call]
-    kl, reverse_kl, entropy_p, entropy_q, logp, logq, mixed = (x.reshape(shape) for x in found)
+    found = _Divergences.apply(*flat, js, head, overwrite, name)  # type: ignore[no-untyped-call]
+    kl, reverse_kl, entropy_p, entropy_q, logp, logq, mixed, weight = (x.reshape(shape) for x in found)
     return Divergences(
         kl,
         reverse_kl,
@@ -104,6 +108,7 @@ def divergences(
         None if tokens is None else logp,
         None if tokens is None else logq,
         mixed if js else None,
+        None if head is None else weight,
     )
 
 
@@ -111,12 +116,15 @@ class _Divergences(torch.autograd.Function):
     """The quantities of :class:`Divergences` for flat rows, in that order."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, tokens: Tensor, js: bool, overwrite: bool, name: str) -> Any:
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, tokens: Tensor, js: bool, head: HeadRule | None, overwrite: bool, name: str
+    ) -> Any:
         kernels = backends.get(name, a, b)
         sums = RowSums(*kernels.row_sums(a, b).unbind(1))
         found = values(sums)
         norms = norms_of(sums, found)
         mixed = kernels.second_sweep(a, b, norms)[:, :2] if js else torch.zeros_like(norms[:, :2])
+        weight = torch.zeros_like(norms[:, 0]) if head is None else share(kernels.head_gaps(a, b, norms, head))
         drawn = tokens[:, None]
         logp = a.gather(1, drawn)[:, 0].double() - sums.reference - found.log_mass_p
         logq = b.gather(1, drawn)[:, 0].double() - sums.greatest - found.log_mass_q
@@ -124,7 +132,9 @@ class _Divergences(torch.autograd.Function):
         ctx.overwrite, ctx.backend = overwrite, name
         dtype = wide_dtype(a, b)
         wanted = found.kl, found.reverse_kl, found.entropy_p, found.entropy_q, logp, logq, mixed[:, 0]
-        return tuple(x.to(dtype) for x in wanted)
+        weight = weight.to(dtype)
+        ctx.mark_non_differentiable(weight)
+        return *(x.to(dtype) for x in wanted), weight
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -134,7 +144,7 @@ class _Divergences(torch.autograd.Function):
                 "closed forms without a graph: use klkit.divergences on log_softmax(logits) for second derivatives"
             )
         a, b, tokens, norms, terms = ctx.saved_tensors
-        slopes = torch.stack(slopes_of(grads, terms), 1)
+        slopes = torch.stack(slopes_of(grads[:7], terms), 1)
         outs: list[Tensor | None] = [None, None]
         for i, x in enumerate((a, b)):
             if ctx.needs_input_grad[i]:
@@ -143,7 +153,7 @@ class _Divergences(torch.autograd.Function):
         if ctx.overwrite:
             # Compiled kernels write behind autograd's back, which has to know.
             torch.autograd.graph.increment_version([x for x in outs if x is not None])
-        return (*outs, None, None, None, None)
+        return (*outs, None, None, None, None, None)
 
 
 def row_terms(found: RowValues) -> tuple[Tensor, Tensor, Tensor, Tensor]:

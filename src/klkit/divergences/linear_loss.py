@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from klkit.divergences import backends
+from klkit.divergences.adaptive import HeadRule, share
 from klkit.divergences.differentiable import Divergences, row_terms, slopes_of
 from klkit.divergences.linear import Head, Side
 from klkit.divergences.sums import RowSums, norms_of, values
@@ -67,6 +68,7 @@ def linear_loss(
     weights: Weights | Weigh,
     *,
     js: bool = False,
+    head: HeadRule | None = None,
     rows: int | None = None,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, ""], Divergences]:
@@ -89,6 +91,8 @@ def linear_loss(
         tokens: the token of each row, where log-probabilities are wanted.
         weights: of each row, or a function from a chunk's quantities and its rows to the chunk's weights.
         js: whether the function wants the Jensen-Shannon divergence; it takes another sweep.
+        head: whose weight, as in :func:`klkit.divergences.adaptive.adaptive_kl`, the function wants: with
+            ``lambda found, rows: Weights(kl=found.head_weight, reverse_kl=1 - found.head_weight)`` the loss is that.
         rows: rows a chunk; by default as many as make the products efficient, within bounded memory.
         backend: by default the one that :func:`klkit.divergences.backends.choose` names for this much work.
 
@@ -113,10 +117,10 @@ def linear_loss(
         if tokens is None and (weights.logp is not None or weights.logq is not None):
             raise ValueError("expected tokens, whose log-probabilities have weights, got None; pass one a row")
         amounts_of(weights, hidden_p.new_empty(7, len(hidden_p)))
-    plan = Plan(head_p, head_q, tokens, weights, js, rows, backend, torch.is_grad_enabled())
+    plan = Plan(head_p, head_q, tokens, weights, js, head, rows, backend, torch.is_grad_enabled())
     inputs = (hidden_p, head_p.weight, head_p.bias, hidden_q, head_q.weight, head_q.bias)
     loss, *found = _Loss.apply(*inputs, plan)  # type: ignore[no-untyped-call]
-    return loss, named(found, tokens is not None, js)
+    return loss, named(found, tokens is not None, js, head is not None)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -128,6 +132,7 @@ class Plan:
     tokens: Tensor | None
     weights: Weights | Weigh
     js: bool
+    head: HeadRule | None
     rows: int | None
     backend: str | None
     training: bool
@@ -167,7 +172,7 @@ class _Loss(torch.autograd.Function):
         return *handed_over(ctx.saved_tensors, grad), None
 
 
-def _visit(p: Side, q: Side, plan: Plan) -> tuple[Float[Tensor, ""], Float[Tensor, "7 m"]]:
+def _visit(p: Side, q: Side, plan: Plan) -> tuple[Float[Tensor, ""], Float[Tensor, "8 m"]]:
     """Loss and quantities of all rows, chunk by chunk from the last; gradients gather in ``p`` and ``q``."""
     count, width, device = len(p.hidden), max(p.head.tokens, q.head.tokens), p.hidden.device
     dtype = torch.promote_types(p.dtype, q.dtype)
@@ -175,7 +180,7 @@ def _visit(p: Side, q: Side, plan: Plan) -> tuple[Float[Tensor, ""], Float[Tenso
     room_p, room_q = (torch.empty(min(size, count), width, dtype=side.dtype, device=device) for side in (p, q))
     kernels = backends.get(plan.backend or backends.choose(count * width, device, dtype), room_p, room_q)
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    table = torch.zeros(7, count, dtype=dtype, device=device)
+    table = torch.zeros(8, count, dtype=dtype, device=device)
     drawn = torch.zeros(count, dtype=torch.long, device=device) if plan.tokens is None else plan.tokens.to(device)
     for start in reversed(range(0, count, size)):
         rows = slice(start, min(start + size, count))
@@ -185,12 +190,15 @@ def _visit(p: Side, q: Side, plan: Plan) -> tuple[Float[Tensor, ""], Float[Tenso
         found = values(sums)
         norms = norms_of(sums, found)
         mixed = kernels.second_sweep(a, b, norms)[:, :2] if plan.js else torch.zeros_like(norms[:, :2])
+        if plan.head is not None:
+            table[7, rows] = share(kernels.head_gaps(a, b, norms, plan.head)).to(dtype)
         y = drawn[rows, None]
         logp = a.gather(1, y)[:, 0].double() - sums.reference - found.log_mass_p
         logq = b.gather(1, y)[:, 0].double() - sums.greatest - found.log_mass_q
         exact = torch.stack([*row_terms(found), logp, logq, mixed[:, 0]])
-        table[:, rows] = exact
-        weights = plan.weigh(named(table[:, rows], plan.tokens is not None, plan.js), rows)
+        table[:7, rows] = exact
+        known = named(table[:, rows], plan.tokens is not None, plan.js, plan.head is not None)
+        weights = plan.weigh(known, rows)
         amounts = amounts_of(weights, exact)
         loss += torch.where(amounts == 0, 0.0, amounts * exact).sum()
         if p.wanted or q.wanted:
@@ -270,11 +278,18 @@ def amounts_of(weights: Weights, like: Float[Tensor, "7 m"]) -> Float[Tensor, "7
     return torch.stack([zero if weight is None else weight.detach().to(zero) for weight in weights])
 
 
-def named(table: Iterable[Tensor], drawn: bool, js: bool) -> Divergences:
+def named(table: Iterable[Tensor], drawn: bool, js: bool, head: bool = False) -> Divergences:
     """Rows of a table as quantities, without those that were not asked for."""
-    kl, reverse_kl, entropy_p, entropy_q, logp, logq, mixed = table
+    kl, reverse_kl, entropy_p, entropy_q, logp, logq, mixed, *weight = table
     return Divergences(
-        kl, reverse_kl, entropy_p, entropy_q, logp if drawn else None, logq if drawn else None, mixed if js else None
+        kl,
+        reverse_kl,
+        entropy_p,
+        entropy_q,
+        logp if drawn else None,
+        logq if drawn else None,
+        mixed if js else None,
+        weight[0] if head else None,
     )
 
 

@@ -1,6 +1,6 @@
 """The kernels behind :mod:`klkit.divergences.fused`: one contract, several ways to meet it.
 
-A backend is a module with three functions on rows of raw logits ``a`` (of ``p``) and ``b`` (of ``q``), each
+A backend is a module with four functions on rows of raw logits ``a`` (of ``p``) and ``b`` (of ``q``), each
 ``(m, v)`` in fp64, fp32, bf16 or fp16, computing in at least single precision and allocating nothing of
 the logits' size:
 
@@ -10,6 +10,10 @@ the logits' size:
 ``second_sweep(a, b, norms, *, mixture, overwrite)``
     ``(m, 3)`` in double precision: the Jensen-Shannon divergence, ``KL(p‖½p + ½q)``, and the total variation.
     The first two are left undefined without ``mixture``. With ``overwrite``, ``a`` is left holding ``p``.
+
+``head_gaps(a, b, norms, rule)``
+    ``(m, 2)`` in double precision: ``Σ |p − q|`` over the head that a
+    :class:`klkit.divergences.adaptive.HeadRule` gives each row, and over the whole row.
 
 ``gradients(a, b, tokens, norms, slopes, out_a, out_b)``
     into ``out_a`` and ``out_b`` (either may be None, or the logits themselves) the gradients that

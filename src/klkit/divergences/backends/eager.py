@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from klkit.divergences.adaptive import HeadRule, head_gap
 from klkit.divergences.sums import COLUMNS, FARTHEST
 from klkit.numerics import FLOOR, LN2, excess_series, rows_per_chunk, split, wide_dtype
 
@@ -52,6 +53,22 @@ def second_sweep(
         table[rows, 2] = 0.5 * _sum(_gap(p, q, d).abs_())
         if overwrite:
             a[rows] = p[:, : a.shape[1]].to(a.dtype)
+    return table
+
+
+@torch.no_grad()
+def head_gaps(
+    a: Float[Tensor, "m v"], b: Float[Tensor, "m v"], norms: Float[Tensor, "m 4"], rule: HeadRule
+) -> Float[Tensor, "m 2"]:
+    """``Σ |p − q|`` over the head of each row, and over all of it."""
+    table = torch.empty(len(a), 2, dtype=torch.float64, device=a.device)
+    for rows, x, y in _chunks(a, b):
+        size = a.shape[1]
+        order = x[:, :size].clone()
+        _, p, q, d = _laws(x, y, norms[rows])
+        gap = _gap(p, q, d).abs_()
+        table[rows, 0] = head_gap(order, p[:, :size], gap[:, :size], rule).double()
+        table[rows, 1] = _sum(gap)
     return table
 
 

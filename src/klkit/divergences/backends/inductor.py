@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from klkit.divergences.adaptive import HeadRule
 from klkit.divergences.backends import eager, graphs
 from klkit.divergences.backends.graphs import BLOCK
 
@@ -76,6 +77,13 @@ def second_sweep(
     if overwrite:
         _compiled(graphs.probabilities, device)(a, norms)
     return table
+
+
+def head_gaps(
+    a: Float[Tensor, "m v"], b: Float[Tensor, "m v"], norms: Float[Tensor, "m 4"], rule: HeadRule
+) -> Float[Tensor, "m 2"]:
+    """``Σ |p − q|`` over the head of each row, and over all of it; a selection has nothing to gain by compiling."""
+    return eager.head_gaps(a, b, norms, rule)
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from klkit.divergences.backends import kernels
+from klkit.divergences.adaptive import HeadRule
+from klkit.divergences.backends import heads, kernels
 from klkit.divergences.sums import COLUMNS
 
 PIECE = 16 << 20
@@ -43,6 +44,19 @@ def second_sweep(
         )
         if overwrite and not a.is_contiguous():
             a[rows] = x
+    return table
+
+
+def head_gaps(
+    a: Float[Tensor, "m v"], b: Float[Tensor, "m v"], norms: Float[Tensor, "m 4"], rule: HeadRule
+) -> Float[Tensor, "m 2"]:
+    """``Σ |p − q|`` over the head of each row, and over all of it."""
+    if rule.mass == 1:
+        return 2 * second_sweep(a, b, norms, mixture=False)[:, [2, 2]]
+    table = torch.empty(len(a), 2, dtype=torch.float64)
+    for rows in _pieces(a, b):
+        of_rows = _array(a[rows]), _array(b[rows]), norms[rows].numpy()
+        heads.head_gaps(*of_rows, kernels.ONE, rule.mass, rule.rule == "cover", table[rows].numpy())
     return table
 
 
