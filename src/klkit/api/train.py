@@ -20,7 +20,7 @@ from klkit.sequences import Content
 from klkit.train.checkpoints import restore, save_checkpoint
 from klkit.train.evaluate import Evaluation, evaluate
 from klkit.train.folder import CHECKPOINTS, EVALUATIONS, FIGURE, METRICS, TrainingFolder
-from klkit.train.learner import ALL_LAYERS
+from klkit.train.learner import ALL_LAYERS, Learner
 from klkit.train.policy import Policy, full_policy, lora_policy
 from klkit.train.recipe import Recipe
 from klkit.train.rewards import GRAMMAR, Reward, RewardError, read_reward
@@ -213,11 +213,15 @@ def make_policy(training: Training) -> Policy:
         reference = model if training.reference is None else load(training.reference, **options)
         return full_policy(model, reference)
     policy = lora_policy(model, training.lora, layers=training.lora_layers, seed=training.recipe.seed, in_place=True)
-    # So that the adapter's folder is a klkit specification by itself, wherever the packaged models lie.
-    spec = ModelSpec.parse(training.policy)
-    config = policy.adapter.peft_config["default"]
-    config.base_model_name_or_path, config.revision = _stable(spec.path), spec.revision
+    name_base(policy, training.policy)
     return policy
+
+
+def name_base(learner: Learner, spec: str) -> None:
+    """Name an adapter's base, so that its folder is a klkit specification by itself, wherever packaged models lie."""
+    base = ModelSpec.parse(spec)
+    config = learner.adapter.peft_config["default"]
+    config.base_model_name_or_path, config.revision = _stable(base.path), base.revision
 
 
 def split_prompts(
@@ -272,13 +276,14 @@ def environment(policy: Policy, prompts: Sequence[Content], held_out: Sequence[C
     digests = {
         "policy": model.digest,
         "reference": reference.digest,
-        "prompts": _digest([model.context(content).tolist() for content in prompts]),
-        "held-out prompts": _digest([model.context(content).tolist() for content in held_out]),
+        "prompts": digest([model.context(content).tolist() for content in prompts]),
+        "held-out prompts": digest([model.context(content).tolist() for content in held_out]),
     }
     return {"versions": versions(), "digests": digests}
 
 
-def _digest(value: object) -> str:
+def digest(value: object) -> str:
+    """What tells a value from others, by how it is written."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,11 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from klkit.divergences.partial import Hidden, Logits
-from klkit.models.base import Vocabulary, VocabularyMismatch, head_of
-from klkit.objectives.distill import Student
 from klkit.objectives.distill_losses import CROSS_ENTROPY, token_loss
-from klkit.objectives.distill_rows import Teacher
 from klkit.sequences import Sequences
 from klkit.train.distill_gradients import Totals, form_gradients
 from klkit.train.distill_recipe import DistillRecipe
@@ -29,13 +25,11 @@ from klkit.train.examples import Example, encode_examples, require_room
 from klkit.train.learner import Learner, full_learner
 from klkit.train.processes import Processes
 from klkit.train.rl import TrainingStopped
+from klkit.train.teachers import OnlineTeacher, TeacherRows, require_teacher, shared_tokens
 from klkit.train.texts import step_text, teacher_text
 
 if TYPE_CHECKING:
     from klkit.models.hf import HuggingFaceModel
-
-TeacherRows = Callable[[Sequences, Sequence[int]], Teacher]
-"""Strings and the indices of their examples, to the teacher's laws at every decision, flat, string by string."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -129,6 +123,7 @@ def start(
     steps: int = 200,
     *,
     texts: Sequences | None = None,
+    size: int | None = None,
     processes: Processes | None = None,
 ) -> DistillState:
     """The state before the first step.
@@ -142,6 +137,7 @@ def start(
         steps: in all; the learning rate falls towards the last.
         texts: strings to read instead of the responses, ``prompt`` the index of each's example: the teacher's, drawn
             before. Without them they are drawn here, where the recipe wants them.
+        size: where the teacher is a function, ids below which a token is one that both models have.
         processes: that share the work; by default this one alone.
 
     Raises:
@@ -156,12 +152,14 @@ def start(
     model = teacher if isinstance(teacher, HuggingFaceModel) else None
     if not isinstance(student, Learner):
         student = full_learner(student, ends=None if model is None else model.vocabulary.ends)
-    size, notes = (None, ()) if model is None else shared_tokens(model, student.model)
+    notes: tuple[str, ...] = ()
+    if model is not None:
+        size, notes = shared_tokens(model, student.model)
     require_teacher(teacher, recipe)
     contexts = [student.model.context(example.prompt) for example in examples]
     windows = [x.window for x in (student.model, model) if x is not None and x.window is not None]
     window = min(windows, default=None)
-    if recipe.student_share > 0 or (recipe.teacher_writes and texts is None):
+    if recipe.student_share > 0 or recipe.teacher_writes:
         blank = [torch.zeros(recipe.max_tokens, dtype=torch.long)] * len(contexts)
         require_room(Sequences.pack(contexts, blank), window, student.model.name)
     if texts is None and recipe.student_share < 1:
@@ -241,101 +239,6 @@ def step(state: DistillState) -> tuple[DistillState, DistillMetrics]:
         sampling_seconds=drawn - began if written else 0.0,
     )
     return replace(state, step=state.step + 1), metrics
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class OnlineTeacher:
-    """A teacher that reads every string as it comes, behind its own context for the example.
-
-    Attributes:
-        model: the teacher.
-        contexts: token ids of each example's prompt, as it reads them.
-        size: ids below which a token is one that both models have; None for all.
-    """
-
-    model: HuggingFaceModel
-    contexts: Sequence[Int[Tensor, " _c"]]
-    size: int | None = None
-
-    @classmethod
-    def of(cls, model: HuggingFaceModel, examples: Sequence[Example], size: int | None = None) -> OnlineTeacher:
-        """A teacher of these examples."""
-        return cls(model, [model.context(example.prompt) for example in examples], size)
-
-    def __call__(self, x: Sequences, indices: Sequence[int]) -> Teacher:
-        """Its laws at every decision of ``x``, which belong to the examples ``indices``.
-
-        Raises:
-            ValueError: a law is not finite.
-        """
-        own = x.after([self.contexts[i] for i in indices])
-        with torch.no_grad():
-            hidden = self.model.encode(own).clone()  # outside of inference mode, whose tensors autograd refuses
-        wrong = ~torch.isfinite(hidden).all(-1)
-        if bool(wrong.any()):
-            string = int(own.row()[wrong.cpu()][0])
-            raise ValueError(
-                f"expected finite numbers from the teacher {self.model.name}, got NaN or infinity at "
-                f"{int(wrong.sum())} of {len(wrong)} decisions, the first in example {indices[string] + 1}; check its "
-                f"weights, or load it with dtype=float32"
-            )
-        return laws(self.model, hidden, self.size)
-
-
-def laws(model: HuggingFaceModel, hidden: Tensor, size: int | None) -> Student:
-    """Next-token laws over the first ``size`` tokens, from what enters the model's head (or its logits)."""
-    head = head_of(model)
-    if head is None:
-        return Logits(hidden if size is None else hidden[:, :size])
-    return Hidden(hidden, head if size is None else head.cut(size))
-
-
-def shared_tokens(teacher: HuggingFaceModel, student: HuggingFaceModel) -> tuple[int | None, tuple[str, ...]]:
-    """How many ids both models have, None if that is all of them, and notes on what is left out.
-
-    Raises:
-        VocabularyMismatch: an id stands for different strings in the two models.
-    """
-    p, q = teacher.vocabulary, student.vocabulary
-    pairs = zip(p.tokens, q.tokens, strict=False)
-    wrong = [(i, a, b) for i, (a, b) in enumerate(pairs) if a is not None and b is not None and a != b]
-    if wrong:
-        i, a, b = wrong[0]
-        raise VocabularyMismatch(
-            f"expected a teacher and a student over the same tokens, got {len(wrong)} ids with different strings, such "
-            f"as id {i}: {a!r} in {teacher.name} and {b!r} in {student.name}; divergences of next-token laws need one "
-            f"tokenizer: take models of one family, or train on the teacher's text alone with --text teacher --loss "
-            f"{CROSS_ENTROPY}"
-        )
-    if p.size == q.size:
-        return None, ()
-    size = min(p.size, q.size)
-    larger, wide = (teacher, p) if p.size > size else (student, q)
-    return size, (_left_out(larger.name, wide, size),)
-
-
-def _left_out(name: str, vocabulary: Vocabulary, size: int) -> str:
-    named = [token for token in vocabulary.tokens[size:] if token is not None]
-    what = f"{len(named)} tokens such as {named[0]!r}" if named else "rows that no tokenizer defines"
-    return f"{vocabulary.size - size} ids from {size} on are {name}'s only ({what}): left out of both softmaxes"
-
-
-def require_teacher(teacher: HuggingFaceModel | TeacherRows | None, recipe: DistillRecipe) -> None:
-    """Refuse a recipe that needs more of a teacher than there is.
-
-    Raises:
-        ValueError: it does.
-    """
-    model = teacher is not None and hasattr(teacher, "vocabulary")
-    if teacher is None and (token_loss(recipe.divergence).key != CROSS_ENTROPY or recipe.sequence_level):
-        raise ValueError(
-            f"expected a teacher for {recipe.divergence}, got none; name one, or take the loss {CROSS_ENTROPY}"
-        )
-    if not model and recipe.student_share > 0:
-        raise ValueError(
-            "expected a teacher that reads what the student writes, got a cache of given text; load the teacher itself "
-            "(leave --cache out), or leave --on-policy at 0"
-        )
 
 
 def _mean(total: float, tokens: float) -> float | None:

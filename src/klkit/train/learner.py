@@ -45,18 +45,19 @@ class Learner:
         return [(name, weight) for name, weight in found if "lora_" in name]
 
 
-def full_learner(model: HuggingFaceModel, *, ends: Sequence[int] | None = None) -> Learner:
+def full_learner(model: HuggingFaceModel, *, in_place: bool = False, ends: Sequence[int] | None = None) -> Learner:
     """A copy of ``model`` whose weights are all trained.
 
     Args:
-        ends: tokens at which its responses end; by default those of ``model``.
+        in_place: train ``model`` itself: half the memory.
+        ends: tokens at which its responses end, which are saved with it; by default those of ``model``.
 
     Raises:
         ValueError: weights are in half precision, or belong to an adapter.
     """
     from klkit.models.hf import HuggingFaceModel
 
-    network = copy.deepcopy(model.model)
+    network: Any = model.model if in_place else copy.deepcopy(model.model)
     names = [name for name, _ in network.named_parameters()]
     if any(".base_layer." in name for name in names):
         raise ValueError(
@@ -70,6 +71,8 @@ def full_learner(model: HuggingFaceModel, *, ends: Sequence[int] | None = None) 
         )
     network.requires_grad_(True)
     ends = model.vocabulary.ends if ends is None else ends
+    if set(ends) != set(model.vocabulary.ends):
+        network.config.eos_token_id = network.generation_config.eos_token_id = list(ends)
     return Learner(HuggingFaceModel(network, model.tokenizer, name=model.name, ends=ends))
 
 
