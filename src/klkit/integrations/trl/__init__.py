@@ -1,10 +1,12 @@
-"""TRL's GRPO and RLOO trainers with a KL term that has the right gradient, and a monitor for any trainer.
+"""TRL's trainers with klkit's divergences in them, and a monitor for any trainer.
 
     from klkit.integrations.trl import GRPOTrainer, RLOOTrainer  # in place of: from trl import ...
+    from klkit.integrations.trl import DistillationTrainer, GKDTrainer
 
-Both are TRL's classes with :class:`klkit.integrations.trl.mixin.RaoBlackwellKL` in front: same arguments, same
-configuration, and ``kl=KLTerm(...)`` for those who want another gradient. They need TRL 1.15 or newer, which is
-imported when they are first asked for. :class:`KLMonitorCallback` needs transformers only.
+The first two are TRL's classes with :class:`klkit.integrations.trl.mixin.RaoBlackwellKL` in front: same arguments, same
+configuration, and ``kl=KLTerm(...)`` for those who want another gradient. The others take ``loss="adaptive_kl"`` or any
+other of :mod:`klkit.objectives.distill_losses`, see :mod:`klkit.integrations.trl.distillation`. They need TRL 1.15 or
+newer, which is imported when they are first asked for. :class:`KLMonitorCallback` needs transformers only.
 """
 
 from __future__ import annotations
@@ -20,17 +22,27 @@ from klkit.integrations.trl.term import KLTerm
 if TYPE_CHECKING:
     from klkit.integrations.trl.monitor import KLMonitorCallback as KLMonitorCallback
 
+    DistillationTrainer: Any
+    GKDTrainer: Any
     GRPOTrainer: Any
     RLOOTrainer: Any
 
 OLDEST = (1, 15)
 """First version of TRL whose trainers score through the forward of the model."""
 
-__all__ = ["GRPOTrainer", "KLMonitorCallback", "KLTerm", "RLOOTrainer"]
+TRAINERS = {
+    "GRPOTrainer": ("trl", "mixin", "RaoBlackwellKL"),
+    "RLOOTrainer": ("trl", "mixin", "RaoBlackwellKL"),
+    "DistillationTrainer": ("trl", "distillation", "OnPolicyDistillation"),
+    "GKDTrainer": ("trl.experimental.gkd", "distillation", "GivenTextDistillation"),
+}
+"""Where each of TRL's trainers is, and what goes in front of it."""
+
+__all__ = ["DistillationTrainer", "GKDTrainer", "GRPOTrainer", "KLMonitorCallback", "KLTerm", "RLOOTrainer"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("GRPOTrainer", "RLOOTrainer"):
+    if name in TRAINERS:
         return trainer(name)
     if name == "KLMonitorCallback":
         return import_module("klkit.integrations.trl.monitor").KLMonitorCallback
@@ -39,17 +51,17 @@ def __getattr__(name: str) -> Any:
 
 @cache
 def trainer(name: str) -> Any:
-    """TRL's trainer class ``name`` with the divergence in place of its penalty.
+    """TRL's trainer class ``name`` with klkit's divergence in place of its own.
 
     Raises:
         ImportError: TRL is not installed, or too old.
     """
     require_trl()
-    from klkit.integrations.trl.mixin import RaoBlackwellKL
-
-    stock = getattr(import_module("trl"), name)
-    members = {"__module__": __name__, "__doc__": RaoBlackwellKL.__doc__, "_tag_names": [*stock._tag_names, "klkit"]}
-    return type(name, (RaoBlackwellKL, stock), members)
+    package, module, mixin = TRAINERS[name]
+    front = getattr(import_module(f"klkit.integrations.trl.{module}"), mixin)
+    stock = getattr(import_module(package), name)
+    members = {"__module__": __name__, "__doc__": front.__doc__, "_tag_names": [*stock._tag_names, "klkit"]}
+    return type(name, (front, stock), members)
 
 
 def require_trl() -> None:
