@@ -197,6 +197,7 @@ def _fused(
         None if tempered else tokens,
         weigh,
         js=form.loss.mixed,
+        head=form.loss.head,
         rows=rows,
         backend=form.backend,
     )

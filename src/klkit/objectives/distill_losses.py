@@ -132,7 +132,7 @@ def _adaptive_loss(mass: float, head: str, swapped: bool) -> TokenLoss:
         "adaptive_kl_swapped" if swapped else "adaptive_kl",
         f"w {first} + (1 − w) {second}, w = share of Σ|p − q| in the head of mass {mass:g} ({head})",
         partial(adaptive_kl, mass=mass, head=head, swapped=swapped),
-        None,
+        _adaptive(swapped),
         {"mass": mass, "head": head},
         merging_lowers=False,
         head=HeadRule(mass, head),

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from klkit.divergences.adaptive import head_weight
 from klkit.divergences.differentiable import Divergences, divergences
 from klkit.divergences.kl import kl, reverse_kl
 from klkit.divergences.linear_loss import Weights
@@ -83,7 +82,7 @@ class RowForm:
         with torch.no_grad():
             ours = cooled(teacher.rows(rows), t)
         drawn = tokens if t == 1 else None
-        return divergences(ours, cooled(logits, t), drawn, js=loss.mixed, backend=self.backend)
+        return divergences(ours, cooled(logits, t), drawn, js=loss.mixed, head=loss.head, backend=self.backend)
 
     def _whole(self, logq: Tensor, rows: slice) -> tuple[Tensor, ...]:
         """Any divergence of whole laws."""
@@ -91,10 +90,7 @@ class RowForm:
         with torch.no_grad():
             logp = log_softmax(cooled(self.teacher.rows(rows), self.temperature)).to(logq)
             both = kl(logp, logq), reverse_kl(logp, logq)
-            unknown = torch.full_like(both[0], torch.nan)
-            rule = self.loss.head
-            head = unknown if rule is None else head_weight(logp, logq, mass=rule.mass, head=rule.rule)
-        return self.loss.rows(logp, logq), *both, head, unknown, unknown
+        return self.loss.rows(logp, logq), *both, *[torch.full_like(both[0], torch.nan)] * 3
 
     def _bucketed(self, logq: Tensor, rows: slice) -> tuple[Tensor, ...]:
         """The divergence of the laws in which all tokens but the likeliest are one."""
