@@ -33,10 +33,10 @@ def write_report(folder: RunFolder) -> Path:
         RunFolderError: the run is not finished, damaged, or the page cannot be written.
     """
     first = list(islice(folder.samples(), LISTED))
-    page = render(folder.result(), folder.shown(), shade_limit(folder), folder.tokens(), first)
+    text = render(folder.result(), folder.shown(), shade_limit(folder), folder.tokens(), first)
     path = folder.path / REPORT
     with disk_errors(folder.path):
-        write_text(path, page)
+        write_text(path, text)
     return path
 
 
@@ -50,21 +50,11 @@ def render(
         samples: the first strings in plain text, shown where none is shown token by token.
         texts: readable text of every token that the page shows.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    # Autoescape is on for every value; only figures made here and the data block are marked safe.
-    environment = Environment(
-        loader=PackageLoader("klkit", "report/templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=number, printable=printable)
     parts = result["breakdown"]
     counted = "windows" if result["headline"]["estimand"] == "F" else "responses"
     strings = heat_map(shown, limit, texts)
-    return environment.get_template("template.html").render(
+    return page(
+        "template.html",
         result=result,
         head=result["headline"],
         figure_estimators=estimators_figure(result),
@@ -79,6 +69,22 @@ def render(
         samples=[] if strings else samples,
         data=embed({"top": [s["top"] for s in strings], "texts": {str(i): printable(t) for i, t in texts.items()}}),
     )
+
+
+def page(template: str, **values: Any) -> str:
+    """A template of this folder, filled in."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    # Autoescape is on for every value; only figures made here and the data block are marked safe.
+    environment = Environment(
+        loader=PackageLoader("klkit", "report/templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=number, printable=printable)
+    return environment.get_template(template).render(**values)
 
 
 def number(value: Any) -> str:
