@@ -50,7 +50,7 @@ class Processes:
         start = self.rank * most + min(self.rank, rest)
         return range(start, start + most + (self.rank < rest))
 
-    def sum(self, numbers: Sequence[float]) -> list[float]:
+    def sum(self, numbers: Sequence[float | int]) -> list[float]:
         """The sums over all processes, in double precision."""
         if self.count == 1:
             return [float(x) for x in numbers]
