@@ -107,8 +107,9 @@ def test_words_follow_from_the_numbers():
         found = [verdict for _, verdict in verdicts(many, margins, good=good)]
         assert [v.word for v in found] == [*words, "equivalent", "not resolved"]
     assert str(found[2]) == "equivalent within 0.1"
-    needed = seeds_to_resolve(1.0, 0.1)
-    assert str(found[3]) == f"not resolved ({needed} seeds would resolve 0.1)"
+    needed = seeds_to_resolve(1.0, 0.1, alpha=0.05 / 4)
+    assert needed > seeds_to_resolve(1.0, 0.1)
+    assert str(found[3]) == f"not resolved ({needed} seeds would find a difference of 0.1)"
     small = verdicts([difference(0.02, 0.001)], [0.1], good=1)[0][1]
     assert str(small) == "better, by less than 0.1"
 

@@ -93,7 +93,7 @@ def save_gradient(study: GradientStudy, rows: Sequence[Spread], out: Path) -> st
     text, table = gradient_markdown(study, rows), [asdict(row) for row in rows]
     files: dict[str, str | bytes] = {
         "gradient.md": text,
-        "gradient.csv": _csv(table),
+        "gradient.csv": csv_text(table),
         "gradient.json": json.dumps(plain({"study": asdict(study), "rows": table}), indent=2),
     }
     for name, label in (
@@ -101,7 +101,7 @@ def save_gradient(study: GradientStudy, rows: Sequence[Spread], out: Path) -> st
         ("norm", "variance of the norm over that of mc_full"),
     ):
         files[f"{name}.png"] = ratios_figure(table, name, label)
-    _write(files, out)
+    write_files(files, out)
     return text
 
 
@@ -114,19 +114,20 @@ def save_rlhf(found: Findings, out: Path) -> str:
     text, points = rlhf_markdown(found), [asdict(point) for point in found.points]
     files: dict[str, str | bytes] = {
         "rlhf.md": text,
-        "points.csv": _csv(points),
-        "penalties.csv": _csv(arms_table(found)),
+        "points.csv": csv_text(points),
+        "penalties.csv": csv_text(arms_table(found)),
         "rlhf.json": json.dumps(plain(found.to_dict()), indent=2),
         "frontier.png": frontier_figure(
             [point for point in points if point["final"]], found.exact.divergences, found.exact.rewards, found.worst
         ),
         "scatter.png": scatter_figure(found.to_dict()["arms"]),
     }
-    _write(files, out)
+    write_files(files, out)
     return text
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same names as CSV."""
     out = io.StringIO()
     writer = csv.DictWriter(out, fieldnames=list(rows[0]))
     writer.writeheader()
@@ -134,7 +135,12 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return out.getvalue()
 
 
-def _write(files: Mapping[str, str | bytes], out: Path) -> None:
+def write_files(files: Mapping[str, str | bytes], out: Path) -> None:
+    """Write files by name into ``out``.
+
+    Raises:
+        ValueError: ``out`` cannot be written.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():

@@ -12,6 +12,7 @@ from klkit.report.plots import GREY, _figure
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 COLOURS = ("#777777", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#000000")
 MARKERS = "os^vDPX*"
+STROKES = ("-", "--")
 
 
 def ratios_figure(rows: Sequence[Mapping[str, Any]], quantity: str, label: str) -> bytes:
@@ -84,4 +85,73 @@ def scatter_figure(arms: Sequence[Mapping[str, Any]]) -> bytes:
         axes.invert_yaxis()
         axes.set_xlabel(f"standard deviation between repeated runs, over that of {arms[0]['name']}")
         axes.legend(frameon=False, fontsize=8)
+        return canvas.png()
+
+
+def laws_figure(pictures: Sequence[tuple[str, Sequence[float], Mapping[str, Sequence[float]]]], columns: int) -> bytes:
+    """Laws over points, a panel each: the target filled in, and what tries to match it as lines.
+
+    Args:
+        pictures: (title, target, name to law) of each panel, row by row.
+        columns: panels side by side.
+    """
+    rows = -(-len(pictures) // columns)
+    with _figure(2.7 * columns, 1.9 * rows, rows=rows, columns=columns) as canvas:
+        for axes, (title, target, laws) in zip(canvas.panels, pictures, strict=False):
+            axes.fill_between(range(len(target)), target, color="#dddddd", lw=0, label="teacher")
+            for (name, law), colour in zip(laws.items(), COLOURS[1::2], strict=False):
+                axes.plot(law, color=colour, lw=1.1, label=name)
+            axes.set_title(title, fontsize=8)
+            axes.set_yticks([])
+            axes.set_ylim(bottom=0)
+        canvas.panels[0].legend(frameon=False, fontsize=7)
+        return canvas.png()
+
+
+def curves_figure(
+    panels: Sequence[tuple[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]]],
+    *,
+    columns: int,
+    steps: str,
+    logarithmic: bool = False,
+) -> bytes:
+    """Quantities against the step, a panel each and a line for each name.
+
+    Args:
+        panels: (label of the vertical axis, name to (steps, values)) of each.
+        columns: panels side by side.
+        steps: label of the horizontal axis.
+        logarithmic: whether the vertical axes are.
+    """
+    rows = -(-len(panels) // columns)
+    with _figure(3.4 * columns, 2.7 * rows, rows=rows, columns=columns) as canvas:
+        for axes, (label, lines) in zip(canvas.panels, panels, strict=False):
+            for i, (name, (x, y)) in enumerate(lines.items()):
+                axes.plot(x, y, color=COLOURS[i % len(COLOURS)], ls=STROKES[i // len(COLOURS)], lw=1.3, label=name)
+            if logarithmic:
+                axes.set_yscale("log")
+            axes.set_xlabel(steps)
+            axes.set_ylabel(label)
+        canvas.panels[0].legend(frameon=False, fontsize=7, ncol=2)
+        return canvas.png()
+
+
+def points_figure(
+    points: Mapping[str, tuple[float, float, float, float]], across: str, up: str, *, diagonal: bool = False
+) -> bytes:
+    """A point with error bars for each name, from ``(x, its error, y, its error)``."""
+    with _figure(5.6, 4.0) as canvas:
+        axes = canvas.axes
+        for i, (name, (x, dx, y, dy)) in enumerate(points.items()):
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            filled = colour if i < len(COLOURS) else "white"
+            axes.errorbar(
+                x, y, xerr=dx, yerr=dy, fmt=marker, color=colour, mfc=filled, ms=6, lw=0.9, capsize=0, label=name
+            )
+        if diagonal:
+            ends = [min(*axes.get_xlim(), *axes.get_ylim()), max(*axes.get_xlim(), *axes.get_ylim())]
+            axes.plot(ends, ends, color=GREY, lw=0.8, ls=":")
+        axes.set_xlabel(across)
+        axes.set_ylabel(up)
+        axes.legend(frameon=False, fontsize=8, ncol=2)
         return canvas.png()

@@ -166,14 +166,14 @@ class Verdict:
     Attributes:
         word: ``"better"``, ``"worse"`` or, where no direction is good, ``"higher"``, ``"lower"``; ``"equivalent"``;
             or ``"not resolved"``.
-        margin: the margin of equivalence.
-        within: whether the difference is shown to be within the margin; with a word of difference it is real but small.
-        seeds: seeds that would resolve a difference as large as the margin; None where the comparison is resolved.
+        margin: difference below which nobody cares.
+        small: whether there is a difference, and it is shown to be within the margin.
+        seeds: seeds that would find a difference as large as the margin; None where the comparison is resolved.
     """
 
     word: str
     margin: float
-    within: bool
+    small: bool = False
     seeds: int | None = None
 
     def __str__(self) -> str:
@@ -181,8 +181,8 @@ class Verdict:
             return f"equivalent within {self.margin:.3g}"
         if self.seeds is not None:
             count = f"{self.seeds}" if self.seeds <= LARGEST else f"over {LARGEST}"
-            return f"not resolved ({count} seeds would resolve {self.margin:.3g})"
-        return f"{self.word}, by less than {self.margin:.3g}" if self.within else self.word
+            return f"not resolved ({count} seeds would find a difference of {self.margin:.3g})"
+        return f"{self.word}, by less than {self.margin:.3g}" if self.small else self.word
 
 
 def verdicts(
@@ -191,6 +191,7 @@ def verdicts(
     """Holm's adjusted p-value and the verdict of each comparison of one family.
 
     A difference is one if its adjusted p-value is at most ``alpha``. Equivalence is a second family, adjusted likewise.
+    Seeds are counted for the level that the hardest step of the adjustment leaves.
 
     Args:
         differences: of the comparisons.
@@ -207,14 +208,13 @@ def verdicts(
     equal = holm([equivalence_p(d, m) for d, m in zip(differences, margins, strict=True)])
     out = []
     for d, margin, p, p_equal in zip(differences, margins, different, equal, strict=True):
-        within = p_equal <= alpha
         if p <= alpha:
-            up = d.mean > 0
-            words = {0: ("higher", "lower"), 1: ("better", "worse"), -1: ("worse", "better")}[good]
-            found = Verdict(words[0] if up else words[1], margin, within)
-        elif within:
-            found = Verdict("equivalent", margin, within)
+            up, down = {0: ("higher", "lower"), 1: ("better", "worse"), -1: ("worse", "better")}[good]
+            found = Verdict(up if d.mean > 0 else down, margin, small=p_equal <= alpha)
+        elif p_equal <= alpha:
+            found = Verdict("equivalent", margin)
         else:
-            found = Verdict("not resolved", margin, within, seeds_to_resolve(d.deviation, margin, alpha=alpha))
+            seeds = seeds_to_resolve(d.deviation, margin, alpha=alpha / len(differences))
+            found = Verdict("not resolved", margin, seeds=seeds)
         out.append((p, found))
     return out
