@@ -14,6 +14,7 @@ from klkit.api.distill_prepare import Prepared, prepare, written_by_teacher
 from klkit.api.prepare import versions
 from klkit.api.train import digest
 from klkit.objectives.distill_labels import Claim
+from klkit.report.distillation import write_distillation_report
 from klkit.sequences import Sequences
 from klkit.train.checkpoints import restore, save_checkpoint
 from klkit.train.distill import DistillMetrics, DistillState, start, step
@@ -81,7 +82,11 @@ def distill(
     notes = tuple(dict.fromkeys((*made.notes, *state.notes)))
     if announce is not None:
         announce(made.claim, notes)
-    state, lines = _train(plan, made, state, held, folder, observe)
+    try:
+        state, lines = _train(plan, made, state, held, folder, observe)
+    finally:
+        if folder is not None and processes.first:
+            write_distillation_report(folder.path)
     student = None
     if folder is not None:
         student = folder.path / STUDENT

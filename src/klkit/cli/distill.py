@@ -118,6 +118,10 @@ def distill_command(
         Path | None, typer.Option(help="Also write the student here, at the end.", rich_help_panel=WHERE)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.", rich_help_panel=WHERE)] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--selfcheck", help="Try masks, shifts, padding and sums on this data; train nothing."),
+    ] = False,
 ) -> None:
     """Train STUDENT towards TEACHER, and say which quantity that optimises."""
     from klkit.api.distill_plan import Distillation
@@ -136,6 +140,9 @@ def distill_command(
         samples=evaluate, lora=lora, lora_layers=layers if len(layers) > 1 else layers[0], device=device, keep=keep,
         recipe=recipe,
     )  # fmt: skip
+    if check:
+        carry_out_check(plan)
+        return
     if resume and out is None:
         raise ValueError("expected the folder of the run to continue, got --resume alone; add --out FOLDER")
     carry_out(plan, out, save, resume)
@@ -178,6 +185,36 @@ def carry_out(plan: Distillation, out: Path | None, save: Path | None, resume: b
             line.close()
     if processes.first:
         show_run(run, folder, save)
+
+
+def carry_out_check(plan: Distillation) -> None:
+    """Try what training relies on, print what was found, and exit by whether all of it holds."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from klkit.api.distill_prepare import prepare
+    from klkit.api.selfcheck import selfcheck
+    from klkit.train.teachers import CachedTeacher
+
+    made = prepare(plan)
+    rows = made.rows if isinstance(made.rows, CachedTeacher) else None
+    teacher = None if made.foreign or rows is not None else made.teacher
+    found = selfcheck(teacher, made.learner, made.training, plan.recipe, rows=rows)
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for name in ("check", "found", "allowed", "outcome"):
+        table.add_column(name, justify="right" if name in ("found", "allowed") else "left")
+    for row in found.rows():
+        table.add_row(*map(escape, row.values()))
+    console.print(table)
+    console.print()
+    _grid([("note", note) for note in (*found.notes(), *made.notes)])
+    failed = sum(check.outcome == "failed" for check in found.checks)
+    words = f"{failed} of {len(found.checks)} checks failed" if failed else f"All {len(found.checks)} checks hold"
+    console.print(f"{words}.", style="bold")
+    if failed:
+        sys.exit(AUDIT_FAILED)
 
 
 def announce(plan: Distillation, claim: Claim, notes: tuple[str, ...]) -> None:
