@@ -199,7 +199,12 @@ def _claim(folder: Path, plan: Manifest) -> bool:
             f"expected an empty or new folder for --out, got {folder}, which holds other files; choose another folder"
         )
     before, now = (_comparable(manifest) for manifest in (Manifest.read(folder), plan))
-    differing = [f"{name}: {before[name]!r} then, {now[name]!r} now" for name in now if before[name] != now[name]]
+    names = dict.fromkeys((*before, *now))
+    differing = [
+        f"{name}: {before.get(name)!r} then, {now.get(name)!r} now"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
     if differing:
         raise CacheError(
             f"expected {folder} to hold the cache that this command builds, got another one: {'; '.join(differing)}; "

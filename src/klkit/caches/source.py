@@ -126,8 +126,8 @@ def data_changes(before: Sequences, then: Data, strings: Sequences, now: Data) -
     if (then.examples, then.responses, then.contexts) == (now.examples, now.responses, now.contexts):
         return []
     limits = ""
-    if then.max_tokens != now.max_tokens:
-        limits = f" (at most {then.max_tokens or 'any number of'} tokens then, {now.max_tokens or 'any number of'} now)"
+    if then.max_tokens and now.max_tokens and then.max_tokens != now.max_tokens:
+        limits = f" (at most {then.max_tokens} tokens then, {now.max_tokens} now)"
     if then.examples != now.examples:
         return [f"other examples{limits}: {then.examples} of them then, {now.examples} now"]
     old, new = _each(before), _each(strings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from klkit.cli import distill, estimate, explain, reproduce, train, zoo
+from klkit.cli import cache, distill, estimate, explain, reproduce, train, zoo
 
 app = typer.Typer(
     name="klkit",
@@ -25,6 +25,7 @@ app.command("explain", rich_help_panel=LOOK, epilog=explain.EXAMPLES)(explain.ex
 app.command("report", rich_help_panel=LOOK)(zoo.report_command)
 app.command("models", rich_help_panel=LOOK)(zoo.models_command)
 app.command("distill", rich_help_panel=MAKE, epilog=distill.EXAMPLES)(distill.distill_command)
+app.add_typer(cache.cache_app, name="cache", rich_help_panel=MAKE)
 app.add_typer(reproduce.reproduce_app, name="reproduce", rich_help_panel=MAKE)
 app.add_typer(train.train_app, name="train", rich_help_panel=MAKE)
 app.add_typer(zoo.zoo_app, name="zoo", rich_help_panel=MAKE)
