@@ -6,6 +6,7 @@ and a dozen numbers a row, and may write the gradient where they are.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -120,11 +121,11 @@ class _Divergences(torch.autograd.Function):
         ctx: Any, a: Tensor, b: Tensor, tokens: Tensor, js: bool, head: HeadRule | None, overwrite: bool, name: str
     ) -> Any:
         kernels = backends.get(name, a, b)
-        sums = RowSums(*kernels.row_sums(a, b).unbind(1))
+        table, weight = sums_and_weight(kernels, a, b, head)
+        sums = RowSums(*table.unbind(1))
         found = values(sums)
         norms = norms_of(sums, found)
         mixed = kernels.second_sweep(a, b, norms)[:, :2] if js else torch.zeros_like(norms[:, :2])
-        weight = torch.zeros_like(norms[:, 0]) if head is None else share(kernels.head_gaps(a, b, norms, head))
         drawn = tokens[:, None]
         logp = a.gather(1, drawn)[:, 0].double() - sums.reference - found.log_mass_p
         logq = b.gather(1, drawn)[:, 0].double() - sums.greatest - found.log_mass_q
@@ -154,6 +155,17 @@ class _Divergences(torch.autograd.Function):
             # Compiled kernels write behind autograd's back, which has to know.
             torch.autograd.graph.increment_version([x for x in outs if x is not None])
         return (*outs, None, None, None, None, None)
+
+
+def sums_and_weight(
+    kernels: ModuleType, a: Float[Tensor, "m v"], b: Float[Tensor, "m v"], head: HeadRule | None
+) -> tuple[Float[Tensor, "m _"], Float[Tensor, " m"]]:
+    """A backend's table of sums, and the head's weight of each row, 0 where it is not asked for."""
+    if head is None:
+        table: Tensor = kernels.row_sums(a, b)
+        return table, torch.zeros_like(table[:, 0])
+    table, gaps = kernels.sums_and_gaps(a, b, head)
+    return table, share(gaps)
 
 
 def row_terms(found: RowValues) -> tuple[Tensor, Tensor, Tensor, Tensor]:

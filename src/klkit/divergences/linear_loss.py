@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from klkit.divergences import backends
-from klkit.divergences.adaptive import HeadRule, share
-from klkit.divergences.differentiable import Divergences, row_terms, slopes_of
+from klkit.divergences.adaptive import HeadRule
+from klkit.divergences.differentiable import Divergences, row_terms, slopes_of, sums_and_weight
 from klkit.divergences.linear import Head, Side
 from klkit.divergences.sums import RowSums, norms_of, values
 from klkit.numerics import rows_per_chunk
@@ -186,17 +186,16 @@ def _visit(p: Side, q: Side, plan: Plan) -> tuple[Float[Tensor, ""], Float[Tenso
         rows = slice(start, min(start + size, count))
         a = p.head.logits(p.hidden[rows], room_p[: rows.stop - start])
         b = q.head.logits(q.hidden[rows], room_q[: rows.stop - start])
-        sums = RowSums(*kernels.row_sums(a, b).unbind(1))
+        sums_table, weight = sums_and_weight(kernels, a, b, plan.head)
+        sums = RowSums(*sums_table.unbind(1))
         found = values(sums)
         norms = norms_of(sums, found)
         mixed = kernels.second_sweep(a, b, norms)[:, :2] if plan.js else torch.zeros_like(norms[:, :2])
-        if plan.head is not None:
-            table[7, rows] = share(kernels.head_gaps(a, b, norms, plan.head)).to(dtype)
         y = drawn[rows, None]
         logp = a.gather(1, y)[:, 0].double() - sums.reference - found.log_mass_p
         logq = b.gather(1, y)[:, 0].double() - sums.greatest - found.log_mass_q
         exact = torch.stack([*row_terms(found), logp, logq, mixed[:, 0]])
-        table[:7, rows] = exact
+        table[:7, rows], table[7, rows] = exact, weight
         known = named(table[:, rows], plan.tokens is not None, plan.js, plan.head is not None)
         weights = plan.weigh(known, rows)
         amounts = amounts_of(weights, exact)

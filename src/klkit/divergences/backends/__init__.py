@@ -11,8 +11,8 @@ the logits' size:
     ``(m, 3)`` in double precision: the Jensen-Shannon divergence, ``KL(p‖½p + ½q)``, and the total variation.
     The first two are left undefined without ``mixture``. With ``overwrite``, ``a`` is left holding ``p``.
 
-``head_gaps(a, b, norms, rule)``
-    ``(m, 2)`` in double precision: ``Σ |p − q|`` over the head that a
+``sums_and_gaps(a, b, rule)``
+    that table, and ``(m, 2)`` in double precision: ``Σ |p − q|`` over the head that a
     :class:`klkit.divergences.adaptive.HeadRule` gives each row, and over the whole row.
 
 ``gradients(a, b, tokens, norms, slopes, out_a, out_b)``

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from klkit.divergences.adaptive import HeadRule, head_gap
-from klkit.divergences.sums import COLUMNS, FARTHEST
+from klkit.divergences.sums import COLUMNS, FARTHEST, RowSums, norms_of, values
 from klkit.numerics import FLOOR, LN2, excess_series, rows_per_chunk, split, wide_dtype
 
 BLOCK = 1024
@@ -57,19 +57,28 @@ def second_sweep(
 
 
 @torch.no_grad()
-def head_gaps(
-    a: Float[Tensor, "m v"], b: Float[Tensor, "m v"], norms: Float[Tensor, "m 4"], rule: HeadRule
+def sums_and_gaps(
+    a: Float[Tensor, "m v"], b: Float[Tensor, "m v"], rule: HeadRule
+) -> tuple[Float[Tensor, "m _"], Float[Tensor, "m 2"]]:
+    """The table of sums, and ``Σ |p − q|`` over the head of each row and over all of it."""
+    table = row_sums(a, b)
+    return table, gaps_of(a, b, table, rule)
+
+
+def gaps_of(
+    a: Float[Tensor, "m v"], b: Float[Tensor, "m v"], table: Float[Tensor, "m _"], rule: HeadRule
 ) -> Float[Tensor, "m 2"]:
-    """``Σ |p − q|`` over the head of each row, and over all of it."""
-    table = torch.empty(len(a), 2, dtype=torch.float64, device=a.device)
+    """The second of :func:`sums_and_gaps`, given the first."""
+    sums = RowSums(*table.unbind(1))
+    norms, size = norms_of(sums, values(sums)), a.shape[1]
+    gaps = torch.empty(len(a), 2, dtype=torch.float64, device=a.device)
     for rows, x, y in _chunks(a, b):
-        size = a.shape[1]
-        order = x[:, :size].clone()
+        logits = x[:, :size].clone()
         _, p, q, d = _laws(x, y, norms[rows])
         gap = _gap(p, q, d).abs_()
-        table[rows, 0] = head_gap(order, p[:, :size], gap[:, :size], rule).double()
-        table[rows, 1] = _sum(gap)
-    return table
+        gaps[rows, 0] = head_gap(logits, p[:, :size], gap[:, :size], rule).double()
+        gaps[rows, 1] = _sum(gap)
+    return gaps
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
-"""The head of a row, found without sorting the row: numba's part of :mod:`klkit.divergences.adaptive`.
+"""Heads of rows, found without sorting them: what :mod:`klkit.divergences.adaptive` needs, compiled by numba.
 
-At most 1024 tokens have a probability of 1/1024 or more, and these are found by a comparison each. Where a law is
-peaked its head ends among them, and only they are sorted. Elsewhere the mass of narrow ranges of logits tells in which
-of these the head ends, and only that one is sorted. So heads are exact, and equals come in the order of their ids.
+All is done right after a row's sums, while the row is in a core's cache. At most 1024 tokens have a probability of
+1/1024 or more, and a comparison each finds them. Where a law is peaked its head ends among them. Elsewhere all tokens
+are looked at that could be in a head. Either way the mass in narrow ranges of logits tells in which of these the head
+ends, and only that one is sorted: so heads are exact, and equals come in the order of their ids.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from klkit.divergences.backends.kernels import BLOCK, ZERO, _law, _token
+from klkit.divergences.backends.kernels import ABSENT, BLOCK, ZERO, _law, _token, sums_of_row
 from klkit.divergences.backends.lanes import FLAGS, absolute, exp, larger, wide
+from klkit.divergences.sums import FARTHEST, NEAREST
 
 STEP = 64
 """Entries that are passed over at once where none is likely."""
 
-FEW = 1024
-"""Tokens that are sorted at first: those that have at least this part of the mass."""
+FEW, MORE = 128, 1024
+"""A head's end is looked for among the tokens that have at least such a part of the mass: at most so many."""
+
+UNKNOWN = -2
+"""Stands for the place of a head's last token, which may be −1 for none of several equals."""
 
 RANGES = 512
 """Ranges of logits by whose masses the head's end is looked for."""
@@ -30,8 +35,8 @@ SLACK = 1e-6
 NARROW = 1e-3
 """Where the likeliest token is the head, how far below its logit others are looked for: only equals matter."""
 
-ALIKE = 1.0 / 8
-"""``Σ |p − q|`` from which the difference of two sums gives it; below, the differences are summed."""
+ALIKE = 1.0 / 16
+"""``Σ |p − q|`` above which the difference of two sums gives it; below, the differences are summed."""
 
 
 @njit(fastmath=FLAGS, error_model="numpy")
@@ -55,7 +60,7 @@ def _largest(a: Any) -> Any:
 
 
 @njit
-def _collect(a: Any, least: Any, start: Any, tokens: Any, count: Any) -> Any:
+def _rare(a: Any, start: Any, least: Any, tokens: Any, count: Any) -> Any:
     """Add the places at which ``a``, which begins at ``start``, reaches ``least``; counted also if there is no room."""
     for begin in range(0, a.shape[0], STEP):
         few = a[begin : begin + STEP]
@@ -69,35 +74,53 @@ def _collect(a: Any, least: Any, start: Any, tokens: Any, count: Any) -> Any:
 
 
 @njit
+def _many(a: Any, least: Any) -> Any:
+    """All places at which ``a`` reaches ``least``, where they are no rarity."""
+    tokens, count = np.empty(a.shape[0] + 1, np.int32), 0
+    for i in range(a.shape[0]):
+        tokens[count] = i  # and the next one over it, if this is none
+        count += wide(a[i]) >= least
+    return tokens[:count]
+
+
+@njit(fastmath=FLAGS, error_model="numpy")
+def _weigh(a: Any, tokens: Any, law: Any, scale: Any, depths: Any, shares: Any) -> None:
+    """How far each of the tokens is below the largest logit, in ranges, and its probability."""
+    for i in range(tokens.shape[0]):
+        x = wide(a[tokens[i]]) - law[0]
+        depths[i], shares[i] = -x * scale, exp(x) * law[3]
+
+
+@njit
 def _end(a: Any, tokens: Any, law: Any, depth: Any, limit: Any, cover: Any) -> Any:
-    """The head's smallest logit and the last token that has it and is in the head; −2 if more than ``tokens`` are.
+    """The head's smallest logit and the last token that has it and is in the head; ``UNKNOWN`` if others are in it.
 
     ``tokens`` are all down to ``depth`` below the largest logit, in the order of their ids.
     """
-    masses, places = np.zeros(RANGES), np.empty(tokens.shape[0], np.int64)
-    scale = np.float32(RANGES / depth)
+    depths, shares = np.empty(tokens.shape[0], np.float32), np.empty(tokens.shape[0], np.float32)
+    _weigh(a, tokens, law, np.float32(RANGES / depth), depths, shares)
+    masses = np.zeros(RANGES)
     for i in range(tokens.shape[0]):
-        x = wide(a[tokens[i]]) - law[0]
-        places[i] = min(np.int64(-x * scale), RANGES - 1)
-        masses[places[i]] += exp(x) * law[3]
+        masses[min(np.uint32(depths[i]), np.uint32(RANGES - 1))] += shares[i]
     before, place = 0.0, 0
     while before + masses[place] < limit:
         before += masses[place]
         place += 1
         if place == RANGES:
-            return ZERO, -2
-    few = tokens[places == place]
-    values = np.empty(few.shape[0], np.float32)
-    for i in range(few.shape[0]):
-        values[i] = -wide(a[few[i]])
-    order = np.argsort(values, kind="mergesort")  # which keeps the order of equals
+            return np.float32(-np.inf), UNKNOWN
+    few, values, count = np.empty(tokens.shape[0], np.int32), np.empty(tokens.shape[0], np.float32), 0
+    for i in range(tokens.shape[0]):
+        if min(np.uint32(depths[i]), np.uint32(RANGES - 1)) == place:
+            few[count], values[count] = i, -wide(a[tokens[i]])
+            count += 1
+    order = few[np.argsort(values[:count], kind="mergesort")]  # which keeps the order of equals
     last = -1
     for i in order:
-        reached = before + np.float64(exp(-values[i] - law[0]) * law[3])
+        reached = before + shares[i]
         if before > 0.0 and (before if cover else reached) >= limit:
             break
-        before, last = reached, i
-    return (-values[last], few[last]) if last >= 0 else (-values[order[0]], -1)
+        before, last = reached, tokens[i]
+    return (wide(a[last]), last) if last >= 0 else (wide(a[tokens[order[0]]]), -1)
 
 
 @njit(fastmath=FLAGS, error_model="numpy")
@@ -112,42 +135,71 @@ def _parts(a: Any, b: Any, law: Any, one: Any, least: Any, last: Any) -> Any:
     return head, whole
 
 
+@njit
+def _norms(sums: Any) -> Any:
+    """A row's :class:`klkit.divergences.sums.Norms`, by the formulas of that module."""
+    norm, ahead = np.log(sums[5]), sums[4] - sums[3]
+    y = (sums[11] + sums[7]) / sums[5]
+    joint = y > -0.5 and sums[15] > ABSENT and ahead < FARTHEST
+    shift = np.log1p(y) if joint else ahead + np.log(sums[6]) - norm
+    return (sums[2], sums[4], norm, shift - ahead) if ahead > NEAREST else (sums[2], sums[3], norm, shift)
+
+
+@njit
+def _gaps(a: Any, b: Any, one: Any, norms: Any, mass: Any, cover: Any) -> Any:
+    """``Σ |p − q|`` over the head of a row, and over all of it."""
+    law, size = _law(norms), a.shape[0]
+    limit = np.inf if mass == 1.0 else mass - SLACK if cover else mass + SLACK
+    # The head's end is looked for among the tokens that have at least such a part of the mass.
+    depth = max(np.log(FEW) - norms[2], NARROW) if law[3] < limit else NARROW
+    tokens, count, union = np.empty(FEW, np.int32), 0, 0.0
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
+        union += _union(a[start:stop], b[start:stop], law)
+        count = _rare(a[start:stop], start, np.float32(norms[0] - depth), tokens, count)
+    value, last, whole = np.float32(-np.inf), UNKNOWN, 2.0 * (union - 1.0)
+    if 0 < count <= FEW:
+        tokens = tokens[:count]
+        value, last = _end(a, tokens, law, depth, limit, cover)
+    if last == UNKNOWN and mass < 1.0:
+        depth, tokens = max(np.log(MORE) - norms[2], NARROW), np.empty(MORE, np.int32)
+        count = _rare(a, 0, np.float32(norms[0] - depth), tokens, 0)
+        if 0 < count <= MORE:
+            tokens = tokens[:count]
+            value, last = _end(a, tokens, law, depth, limit, cover)
+    if last != UNKNOWN and whole > ALIKE:
+        head = 0.0
+        for i in tokens:
+            x = wide(a[i])
+            if x > value or (x == value and i <= last):
+                head += absolute(_token(a[i], b[i], law, one)[4])
+        return head, whole
+    if last == UNKNOWN and mass < 1.0:
+        # What is less likely than these adds up to less than half of what the head leaves out.
+        depth = np.log(2.0 * size / (1.0 - mass)) - norms[2]
+        tokens = _many(a, np.float32(norms[0] - depth))
+        value, last = _end(a, tokens, law, depth, limit, cover)
+    if last == UNKNOWN:
+        last = size  # everything
+    head, whole = 0.0, 0.0
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
+        part, rest = _parts(a[start:stop], b[start:stop], law, one, value, last - start)
+        head += part
+        whole += rest
+    return head, whole
+
+
 @njit(parallel=True, nogil=True, cache=True)
-def head_gaps(a_all: Any, b_all: Any, norms: Any, one: Any, mass: Any, cover: Any, out: Any) -> None:
-    """``Σ |p − q|`` over the head of each row, and over all of it; ``one`` is 1."""
+def sums_and_gaps(a_all: Any, b_all: Any, one: Any, mass: Any, cover: Any, out: Any, gaps: Any) -> None:
+    """Fill the table of :class:`klkit.divergences.sums.RowSums`, and ``Σ |p − q|`` over heads and rows.
+
+    ``one`` is 1.
+    """
     for r in prange(a_all.shape[0]):
         a, b, o = a_all[r], b_all[r], out[r]
-        law = _law(norms[r])
-        limit = mass - SLACK if cover else mass + SLACK
-        depth = max(np.log(FEW) - norms[r, 2], NARROW) if law[3] < limit else NARROW
-        tokens, count, union = np.empty(FEW, np.int64), 0, 0.0
-        for start in range(0, a.shape[0], BLOCK):
-            stop = min(start + BLOCK, a.shape[0])
-            union += _union(a[start:stop], b[start:stop], law)
-            count = _collect(a[start:stop], np.float32(norms[r, 0] - depth), start, tokens, count)
-        value, last = ZERO, -2
-        if 0 < count <= FEW:
-            value, last = _end(a, tokens[:count], law, depth, limit, cover)
-        o[0], o[1] = 0.0, 2.0 * (union - 1.0)
-        if last > -2 and o[1] >= ALIKE:
-            for i in tokens[:count]:
-                x = wide(a[i])
-                if x > value or (x == value and i <= last):
-                    o[0] += absolute(_token(a[i], b[i], law, one)[4])
-            continue
-        if last == -2:
-            depth = np.log(2.0 * a.shape[0] / (1.0 - mass)) - norms[r, 2]
-            every = np.empty(a.shape[0] + 1, np.int64)
-            count, least = 0, np.float32(norms[r, 0] - depth)
-            for i in range(a.shape[0]):
-                every[count] = i
-                count += wide(a[i]) >= least
-            value, last = _end(a, every[:count], law, depth, limit, cover)
-            if last == -2:
-                value, last = np.float32(-np.inf), a.shape[0]
-        o[1] = 0.0
-        for start in range(0, a.shape[0], BLOCK):
-            stop = min(start + BLOCK, a.shape[0])
-            head, whole = _parts(a[start:stop], b[start:stop], law, one, value, last - start)
-            o[0] += head
-            o[1] += whole
+        sums_of_row(a, b, one, o)
+        gaps[r, 0], gaps[r, 1] = 0.0, 0.0
+        # Rows that are no laws are refused by their sums.
+        if np.isfinite(o[9]) and np.isfinite(o[10]) and o[2] > ABSENT and o[4] > ABSENT:
+            gaps[r, 0], gaps[r, 1] = _gaps(a, b, one, _norms(o), mass, cover)

@@ -79,11 +79,13 @@ def second_sweep(
     return table
 
 
-def head_gaps(
-    a: Float[Tensor, "m v"], b: Float[Tensor, "m v"], norms: Float[Tensor, "m 4"], rule: HeadRule
-) -> Float[Tensor, "m 2"]:
-    """``Σ |p − q|`` over the head of each row, and over all of it; a selection has nothing to gain by compiling."""
-    return eager.head_gaps(a, b, norms, rule)
+@torch.no_grad()
+def sums_and_gaps(
+    a: Float[Tensor, "m v"], b: Float[Tensor, "m v"], rule: HeadRule
+) -> tuple[Float[Tensor, "m _"], Float[Tensor, "m 2"]]:
+    """The table of sums, and ``Σ |p − q|`` over the head of each row and over all of it; its selection is eager."""
+    table = row_sums(a, b)
+    return table, eager.gaps_of(a, b, table, rule)
 
 
 @torch.no_grad()

@@ -90,37 +90,42 @@ def _sums(a: Any, b: Any, top_a: Any, paired: Any, top_b: Any, kappa: Any, one: 
     return sa, sb, t, u, va, vb, fa, fb, qa, qd
 
 
+@njit
+def sums_of_row(a: Any, b: Any, one: Any, o: Any) -> None:
+    """Fill a row of the table of :class:`klkit.divergences.sums.RowSums`."""
+    top_a, top_b, low_a, low_b = _extremes(a[:BLOCK], b[:BLOCK])
+    token_a, token_b = 0, 0  # so far, where the block begins in which the largest logit is
+    for start in range(BLOCK, a.shape[0], BLOCK):
+        stop = min(start + BLOCK, a.shape[0])
+        block_a, block_b, least_a, least_b = _extremes(a[start:stop], b[start:stop])
+        low_a, low_b = min(low_a, least_a), min(low_b, least_b)
+        if block_a > top_a:
+            top_a, token_a = block_a, start
+        if block_b > top_b:
+            top_b, token_b = block_b, start
+    token_a, token_b = token_a + _find(a[token_a:], top_a), token_b + _find(b[token_b:], top_b)
+    top_a, top_b = max(top_a, LOWEST), max(top_b, LOWEST)
+    paired = wide(b[token_a])
+    if not paired > ABSENT:
+        paired = top_b
+    kappa = np.float32(np.exp(min(np.float64(top_b) - np.float64(paired), FARTHEST)))
+    o[0], o[1], o[2], o[3], o[4] = token_a, token_b, top_a, paired, top_b
+    for k in range(5, 17):
+        o[k] = 0.0
+    for start in range(0, a.shape[0], BLOCK):
+        stop = min(start + BLOCK, a.shape[0])
+        sums = _sums(a[start:stop], b[start:stop], top_a, paired, top_b, kappa, one)
+        for k in range(10):
+            o[5 + k] += sums[k]
+    if low_a < ABSENT or low_b < ABSENT:
+        o[15], o[16] = _range(a, b, top_a, paired)
+
+
 @njit(parallel=True, nogil=True, cache=True)
 def row_sums(a_all: Any, b_all: Any, one: Any, out: Any) -> None:
     """Fill the table of :class:`klkit.divergences.sums.RowSums`; ``one`` is 1."""
     for r in prange(a_all.shape[0]):
-        a, b, o = a_all[r], b_all[r], out[r]
-        top_a, top_b, low_a, low_b = _extremes(a[:BLOCK], b[:BLOCK])
-        token_a, token_b = 0, 0  # so far, where the block begins in which the largest logit is
-        for start in range(BLOCK, a.shape[0], BLOCK):
-            stop = min(start + BLOCK, a.shape[0])
-            block_a, block_b, least_a, least_b = _extremes(a[start:stop], b[start:stop])
-            low_a, low_b = min(low_a, least_a), min(low_b, least_b)
-            if block_a > top_a:
-                top_a, token_a = block_a, start
-            if block_b > top_b:
-                top_b, token_b = block_b, start
-        token_a, token_b = token_a + _find(a[token_a:], top_a), token_b + _find(b[token_b:], top_b)
-        top_a, top_b = max(top_a, LOWEST), max(top_b, LOWEST)
-        paired = wide(b[token_a])
-        if not paired > ABSENT:
-            paired = top_b
-        kappa = np.float32(np.exp(min(np.float64(top_b) - np.float64(paired), FARTHEST)))
-        o[0], o[1], o[2], o[3], o[4] = token_a, token_b, top_a, paired, top_b
-        for k in range(5, 17):
-            o[k] = 0.0
-        for start in range(0, a.shape[0], BLOCK):
-            stop = min(start + BLOCK, a.shape[0])
-            sums = _sums(a[start:stop], b[start:stop], top_a, paired, top_b, kappa, one)
-            for k in range(10):
-                o[5 + k] += sums[k]
-        if low_a < ABSENT or low_b < ABSENT:
-            o[15], o[16] = _range(a, b, top_a, paired)
+        sums_of_row(a_all[r], b_all[r], one, out[r])
 
 
 @njit(inline="always", fastmath=FLAGS, error_model="numpy")

@@ -47,17 +47,15 @@ def second_sweep(
     return table
 
 
-def head_gaps(
-    a: Float[Tensor, "m v"], b: Float[Tensor, "m v"], norms: Float[Tensor, "m 4"], rule: HeadRule
-) -> Float[Tensor, "m 2"]:
-    """``Σ |p − q|`` over the head of each row, and over all of it."""
-    if rule.mass == 1:
-        return 2 * second_sweep(a, b, norms, mixture=False)[:, [2, 2]]
-    table = torch.empty(len(a), 2, dtype=torch.float64)
+def sums_and_gaps(
+    a: Float[Tensor, "m v"], b: Float[Tensor, "m v"], rule: HeadRule
+) -> tuple[Float[Tensor, "m _"], Float[Tensor, "m 2"]]:
+    """The table of sums, and ``Σ |p − q|`` over the head of each row and over all of it."""
+    table, gaps = torch.empty(len(a), COLUMNS, dtype=torch.float64), torch.empty(len(a), 2, dtype=torch.float64)
     for rows in _pieces(a, b):
-        of_rows = _array(a[rows]), _array(b[rows]), norms[rows].numpy()
-        heads.head_gaps(*of_rows, kernels.ONE, rule.mass, rule.rule == "cover", table[rows].numpy())
-    return table
+        into = table[rows].numpy(), gaps[rows].numpy()
+        heads.sums_and_gaps(_array(a[rows]), _array(b[rows]), kernels.ONE, rule.mass, rule.rule == "cover", *into)
+    return table, gaps
 
 
 def gradients(
