@@ -124,7 +124,7 @@ class DistillStudy:
 
 SMOKE = DistillStudy(
     arms=("fkl", "rkl", "sum", "akl"), seeds=2, documentation_arms=("fkl", "rkl"), documentation_seeds=2,
-    teacher_steps=60, steps=20, warm=10, strings=200, held_out=48, questions=12, documentation_steps=3,
+    teacher_steps=40, steps=20, warm=10, strings=200, held_out=48, questions=12, documentation_steps=3,
     documentation_strings=24, checks=(0, 10),
 )  # fmt: skip
 """The same in half a minute: it shows that everything works, and nothing else."""

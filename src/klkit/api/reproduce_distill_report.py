@@ -23,6 +23,7 @@ from klkit.zoo.instructions import entropy, mean_length
 TITLE = "Distillation with every divergence, seed by seed"
 LEVEL = 0.05
 ORDER = ("better", "worse", "higher", "lower", "equivalent", "not resolved")
+SIGNS = "+-><=?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,8 @@ def comparisons(found: Distillation, tier: str) -> list[Compared]:
             continue
         differences = [paired_difference(*(found.values(tier, arm, name) for arm in pair)) for pair in pairs]
         base = float(np.mean(found.values(tier, "sum" if "sum" in arms else pairs[0][1], name)))
-        margin = measure.margin * (abs(base) if measure.relative else 1.0)
+        # Where sum leaves nothing, as a far tail that is empty, nothing but equality is equivalent.
+        margin = max(measure.margin * (abs(base) if measure.relative else 1.0), 1e-12)
         judged = verdicts(differences, [margin] * len(pairs), good=measure.good, alpha=LEVEL)
         for (a, b), difference, (p, verdict) in zip(pairs, differences, judged, strict=True):
             out.append(Compared(tier, a, b, name, difference, p, verdict))
@@ -158,18 +160,15 @@ def distill_blocks(found: Distillation) -> list[Block]:
         f"p is the teacher, q a student; FKL = KL(p‖q), RKL = KL(q‖p), in nats. Students of one seed share their "
         f"start, {study.warm} steps on the text's tokens and all batches, and differ in the loss. Every statement is "
         f"about differences between students of the same seed.",
+        Heading("Orderings that have to come out again"),
+        f"On the instruction language; held if the sign is right and the adjusted p-value (Holm, two-sided) at most "
+        f"{LEVEL:g}. Nothing is required of akl against sum.",
+        Items([_ordering_words(x) for x in orderings(found)]),
         Heading("What each student descends"),
         Items([f"{arm}: {_descends(arm)}" for arm in study.arms]),
     ]
     for tier in TIERS:
         blocks += _tier_blocks(found, tier)
-    held = orderings(found)
-    blocks += [
-        Heading("Orderings that have to come out again"),
-        "On the instruction language; held if the adjusted p-value (Holm, two-sided) is at most "
-        f"{LEVEL:g} and the sign is right. Nothing is required of akl against sum.",
-        Items([_ordering_words(x) for x in held]),
-    ]
     return blocks
 
 
@@ -179,8 +178,9 @@ def _tier_blocks(found: Distillation, tier: str) -> list[Block]:
     if tier == "language":
         where = (
             f"The law of the language is known: {entropy() / mean_length():.3f} nats a token. Teacher: 2 layers, width "
-            f"96, {study.teacher_steps} steps; cross-entropy {teacher['cross_entropy']:.3f}, Rouge-L {teacher['rouge_l']:.1f}, distinct-2 {teacher['distinct_2']:.1f}."
-            f" Students: 1 layer, width 32, {study.steps} steps on {study.strings} strings."
+            f"96, {study.teacher_steps} steps; cross-entropy {teacher['cross_entropy']:.3f}, Rouge-L "
+            f"{teacher['rouge_l']:.1f}, distinct-2 {teacher['distinct_2']:.1f}. Students: 1 layer, width 32, "
+            f"{study.steps} steps on {study.strings} strings."
         )
     else:
         where = (
@@ -208,7 +208,9 @@ def _tier_blocks(found: Distillation, tier: str) -> list[Block]:
         f"Comparisons, first against second: mean difference with its 95 % interval. The words hold for all "
         f"{len({(c.first, c.second) for c in mine})} comparisons of a measure together (Holm, {LEVEL:g}). Equivalent "
         "means within 5 % of what sum reaches, or 0.5 points of Rouge-L or distinct-2. Where nothing is resolved, so "
-        "many seeds would find a difference of that size.",
+        "many seeds (if more than there are) would find a difference of that size.",
+        _signs(mine),
+        "+ better, - worse, > higher, < lower, = equivalent, ? not resolved; in brackets if within the margin.",
         Items(pair_words(mine)),
     ]
     label = "" if tier == "language" else "documentation-"
@@ -229,6 +231,20 @@ def _tier_blocks(found: Distillation, tier: str) -> list[Block]:
     return blocks
 
 
+def _signs(compared: Sequence[Compared]) -> Table:
+    """A sign for every comparison by every measure."""
+    names = list(dict.fromkeys(c.measure for c in compared))
+    rows = []
+    for first, second in dict.fromkeys((c.first, c.second) for c in compared):
+        cells = []
+        for name in names:
+            verdict = next(c.verdict for c in compared if (c.first, c.second, c.measure) == (first, second, name))
+            sign = SIGNS[ORDER.index(verdict.word)]
+            cells.append(f"({sign})" if verdict.small else sign)
+        rows.append([f"{first}/{second}", *cells])
+    return Table(["first/second", *(COLUMNS[name] for name in names)], rows)
+
+
 def pair_words(compared: Sequence[Compared]) -> list[str]:
     """A sentence a comparison: by which measures better, worse, equivalent, or not resolved."""
     out = []
@@ -238,7 +254,8 @@ def pair_words(compared: Sequence[Compared]) -> list[str]:
             if (c.first, c.second) == (first, second):
                 d, m = c.difference, MEASURES[c.measure]
                 bounds = f"{d.lower:+.{m.digits}f} to {d.upper:+.{m.digits}f}"
-                seeds = "" if c.verdict.seeds is None else f"; {c.verdict.seeds} seeds"
+                needed = c.verdict.seeds
+                seeds = f"; {needed} seeds" if needed is not None and needed > d.seeds else ""
                 word = f"{c.verdict.word}, within the margin" if c.verdict.small else c.verdict.word
                 groups.setdefault(word, []).append(f"{m.label} {d.mean:+.{m.digits}f} ({bounds}{seeds})")
         words = sorted(groups, key=lambda word: ORDER.index(word.split(",")[0]))
@@ -257,7 +274,8 @@ def _ordering_words(x: Ordering) -> str:
 
 def _descends(name: str) -> str:
     arm = ARMS[name]
-    words = f"{token_loss(arm.loss).formula} on {'the text' if arm.text == 'data' else 'answers of the teacher'}"
+    formula = token_loss(arm.loss).formula.partition(";")[0]
+    words = f"{formula}, on {'the text' if arm.text == 'data' else 'answers of the teacher'}"
     if arm.own is None:
         return f"{words}. It optimises: {claim(token_loss(arm.loss), arm.text)}."
     score = arm.own == SEQUENCE_REVERSE_KL
