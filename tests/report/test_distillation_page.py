@@ -92,6 +92,12 @@ def test_numbers_that_are_none_and_lines_that_were_cut_off_do_no_harm(tmp_path):
     assert "held-out text</figcaption>" not in page
 
 
+def test_the_page_is_written_again_by_the_command(tmp_path, run):
+    code, out, _ = run("report", folder(tmp_path / "run"))
+    assert (code, out.strip()) == (0, str(tmp_path / "run" / "report.html"))
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(RunFolderError, match=r"expected the folder of a distillation run, .* got .*FileNotFoundError"):
         write_distillation_report(tmp_path)

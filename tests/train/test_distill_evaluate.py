@@ -1,5 +1,6 @@
 """Numbers about a student: enumerated and exact on automata, and all there and finite on the packaged models."""
 
+import copy
 import json
 import math
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from klkit.divergences.adaptive import adaptive_kl, head_weight
 from klkit.divergences.kl import entropy, kl, reverse_kl
 from klkit.estimators.exact import exact
 from klkit.models.automaton import automaton
+from klkit.models.hf import HuggingFaceModel
 from klkit.models.spec import load
 from klkit.report.quantities import QUANTITIES
 from klkit.sequences import Sequences
@@ -177,6 +179,18 @@ def test_students_are_compared_on_the_same_strings_of_the_teacher(models):
     other = evaluate_student(teacher, student, FILM, samples=2, max_tokens=12, seed=1).to_dict()
     assert other["kl"] != once["kl"]
     assert other["text_kl"] == once["text_kl"]
+
+
+def test_rows_of_a_vocabulary_that_no_tokenizer_names_are_left_out(models):
+    teacher, student = models
+    network = copy.deepcopy(student.model)
+    network.resize_token_embeddings(student.vocabulary.size + 8, mean_resizing=False)
+    padded = HuggingFaceModel(network, student.tokenizer, name="padded")
+    found, plain = (evaluate_student(teacher, q, FILM[:3], samples=2, max_tokens=6) for q in (padded, student))
+    assert found.kl.value == pytest.approx(
+        plain.kl.value, rel=0.05
+    )  # the new rows have a little mass, which is taken off
+    assert any("8" in note for note in found.notes)
 
 
 def test_without_samples_to_compare_there_is_no_likeness_between_them(models):

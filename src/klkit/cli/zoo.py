@@ -20,13 +20,15 @@ def models_command() -> None:
 
 
 def report_command(
-    run: Annotated[Path, typer.Argument(help="Run folder of a finished run.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="Folder of the run.", show_default=False)],
 ) -> None:
-    """Write report.html of a finished run again."""
+    """Write report.html of a finished run again, or of a distillation as far as it is."""
+    from klkit.report.distillation import EVALUATIONS, write_distillation_report
     from klkit.report.html import write_report
     from klkit.report.record import RunFolder
 
-    typer.echo(str(write_report(RunFolder.open(run))))
+    distilled = (run / EVALUATIONS).is_file()
+    typer.echo(str(write_distillation_report(run) if distilled else write_report(RunFolder.open(run))))
 
 
 @zoo_app.command("build")

@@ -164,8 +164,9 @@ def held_out(
     from klkit.train.rewards import response_texts
 
     answered, _ = without_empty(examples)
+    p, _, _ = align(teacher, student)  # what no tokenizer names is not drawn
     return assemble(
-        teacher,
+        p,
         [student.context(example.prompt) for example in examples],
         encode_examples(student, answered, max_tokens) if answered else None,
         [example.response for example in answered],
