@@ -70,36 +70,36 @@ def selfcheck(
     # Whole-response objectives are sums of the same token losses, over other strings.
     plain = replace(recipe, objective="token", loss=recipe.divergence, on_policy=0.0, samples=None, text="data")
     size = None if teacher is None else shared_tokens(teacher, model)[0]
+    size = size if rows is None else getattr(rows, "size", size)
     checks = list(_data_checks(model, teacher, given, len(examples), empty, plain))
     if not given and teacher is None:
         return SelfCheck(tuple(checks))
-    owners: Sequence[Example] = given
     if given:
-        some = _spread(given, strings)
+        some = _spread(examples, strings)
         longest = plain.max_tokens if rows is not None else min(plain.max_tokens, LONGEST)
-        texts = encode_examples(model, [given[i] for i in some], longest, window=ANY)
+        texts = encode_examples(model, [examples[i] for i in some], longest, window=ANY)
         texts = replace(texts, prompt=torch.tensor(some))
-        checks.append(_text_check(model, texts, given))
-        over = _excess(texts, [m for m in (model, teacher) if m is not None], [given[i] for i in some])
+        checks.append(_text_check(model, texts, examples))
+        over = _excess(texts, [m for m in (model, teacher) if m is not None], [examples[i] for i in some])
         texts = texts.select([i for i, tokens in enumerate(over) if tokens <= 0])
         if not len(texts):
             return SelfCheck(tuple(checks))
     else:
         assert teacher is not None
-        owners = examples[:strings]
-        texts = teacher_text(teacher, [teacher.context(e.prompt) for e in owners], plain, size=size)
-        texts = texts.after([model.context(owners[i].prompt) for i in texts.prompt.tolist()])
+        asked = [teacher.context(example.prompt) for example in examples[:strings]]
+        texts = teacher_text(teacher, asked, plain, size=size)
+        texts = texts.after([model.context(examples[i].prompt) for i in texts.prompt.tolist()])
     if rows is None and teacher is not None and token_loss(plain.divergence).key != CROSS_ENTROPY:
-        rows = OnlineTeacher.of(teacher, owners, size)
-    contexts = None if teacher is None else [teacher.context(owners[i].prompt) for i in texts.prompt.tolist()]
+        rows = OnlineTeacher.of(teacher, examples, size)
+    contexts = None if teacher is None else [teacher.context(examples[i].prompt) for i in texts.prompt.tolist()]
     weights = [w for _, w in student.parameters] if isinstance(student, Learner) else list(model.model.parameters())
     trial = Trial(model, teacher, contexts, rows, texts, plain, size, [w for w in weights if w.requires_grad])
     return SelfCheck((*checks, *trial.checks()))
 
 
 def _spread(examples: Sequence[Example], count: int) -> list[int]:
-    """Indices of examples of all lengths, from short to long."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].response))
+    """Indices of examples with responses of all lengths, from short to long."""
+    order = sorted((i for i, e in enumerate(examples) if not e.empty), key=lambda i: len(examples[i].response))
     return order[:: max(1, len(order) // count)][:count]
 
 
@@ -179,11 +179,11 @@ def _excess(x: Sequences, readers: Sequence[HuggingFaceModel], examples: Sequenc
     ]
 
 
-def _text_check(model: HuggingFaceModel, texts: Sequences, given: Sequence[Example]) -> Check:
+def _text_check(model: HuggingFaceModel, texts: Sequences, examples: Sequence[Example]) -> Check:
     """The tokens that have a loss, as text again."""
     wrong = tried = 0
     for i, finished in enumerate(texts.finished.tolist()):
-        response, tokens = given[int(texts.prompt[i])].response, texts.completion(i).tolist()
+        response, tokens = examples[int(texts.prompt[i])].response, texts.completion(i).tolist()
         if _text(model, model.tokenizer(response, add_special_tokens=False)["input_ids"]) != _plain(response):
             continue  # this tokenizer does not give the text back, so that nothing can be told from it
         tried += 1

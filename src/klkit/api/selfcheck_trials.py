@@ -155,8 +155,8 @@ class Trial:
         """Log-probabilities of tokens, against those after reading what precedes each token, and nothing else."""
         claim = "the law of a token is that after the tokens before it, and no other"
         if model is None or contexts is None or not isinstance(laws, (Hidden, Logits)):
-            why = "the loss has no teacher" if self.rows is None else "only a part of each law is at hand"
-            return Check(name, claim, None, None, NOT_APPLICABLE, why)
+            why = "only a part of each law is at hand" if model is not None else "the teacher itself is not at hand"
+            return Check(name, claim, None, None, NOT_APPLICABLE, "the loss has no teacher" if laws is None else why)
         batch, differences, start = log_softmax(_logits(laws)), [], 0
         for i in range(len(self.x)):
             completion = self.x.completion(i)
