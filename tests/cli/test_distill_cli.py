@@ -95,6 +95,7 @@ def test_a_run_that_comes_apart_says_so_and_fails(run, data):
         ([*TEACHER, "--objective", "sequence-fkl", "--loss", "reverse_kl"], "expected only options that go with"),
         ([*TEACHER, "--lora", "2", "--lora-layers", "no_such"], "that an adapter fits on"),
         ([*TEACHER, "--cache", "nowhere"], "nowhere"),
+        ([*TEACHER, "--track", "paper"], "expected a tracker among trackio, wandb, tensorboard"),
         ([*TEACHER, "--resume"], "expected the folder of the run to continue"),
         ([*TEACHER, "--text", "teacher", "--max-tokens", "500"], "expected examples of at most 128 tokens"),
     ],

@@ -81,7 +81,7 @@ def test_a_few_steps_bring_the_student_nearer_and_the_given_models_stay(student,
     x = state.texts
     if state.recipe.student_share or state.recipe.teacher_writes:
         contexts = [teacher.context(example.prompt) for example in EXAMPLES]
-        x = teacher_text(teacher, contexts, recipe(samples=4, seed=1))
+        x = teacher_text(teacher, contexts, recipe(text="teacher", samples=4, seed=1))
     with torch.no_grad():
         logp = teacher.readout(teacher.encode(x))
 
@@ -265,6 +265,14 @@ def test_padded_vocabularies_are_cut_to_what_both_have():
         assert metrics.loss > 0
 
 
+def test_text_of_tokens_that_one_model_lacks_is_found_before_training():
+    small, large = padded(0, 320, std=0.2), padded(1, 352, std=0.2)
+    x = encode_examples(large, [Example("the film", " was"), Example("a dull", " story")], 16)
+    x.tokens[1, int(x.start[1])] = 330
+    with pytest.raises(ValueError, match=r"of the 320 tokens that both models have, got others in 1 examples, .* 2;"):
+        start(large, small, [Example("the film", " was"), Example("a dull", " story")], recipe(), texts=x)
+
+
 def test_other_tokenizers_are_refused_with_what_to_do(teacher):
     with pytest.raises(VocabularyMismatch, match=r"got .* ids with different strings, .* --text teacher --loss"):
         start(load("klkit:docs"), teacher, EXAMPLES, recipe())
@@ -375,6 +383,7 @@ def test_what_a_recipe_needs_and_is_not_there(student, teacher):
         ({"objective": "sequence-rkl", "temperature": 2.0}, "got temperature=2, but text comes from the models"),
         ({"objective": "sequence-rkl", "batch": 5}, "a batch of whole prompts, a multiple of 2"),
         ({"loss": "cross_entropy", "on_policy": 0.5}, "got on_policy=0.5 with cross_entropy"),
+        ({"samples": 2}, "expected samples with text=teacher or objective=sequence-rkl"),
         ({"schedule": "linear"}, "expected schedule among cosine, constant"),
         ({"precision": "float16"}, "expected precision among"),
     ],

@@ -117,6 +117,9 @@ def distill_command(
     save: Annotated[
         Path | None, typer.Option(help="Also write the student here, at the end.", rich_help_panel=WHERE)
     ] = None,
+    track: Annotated[
+        str | None, typer.Option(help="Also log to trackio, wandb or tensorboard.", rich_help_panel=WHERE)
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.", rich_help_panel=WHERE)] = False,
     check: Annotated[
         bool,
@@ -145,14 +148,15 @@ def distill_command(
         return
     if resume and out is None:
         raise ValueError("expected the folder of the run to continue, got --resume alone; add --out FOLDER")
-    carry_out(plan, out, save, resume)
+    carry_out(plan, out, save, resume, track)
 
 
-def carry_out(plan: Distillation, out: Path | None, save: Path | None, resume: bool) -> None:
+def carry_out(plan: Distillation, out: Path | None, save: Path | None, resume: bool, track: str | None) -> None:
     """Train with a live line, print what came of it, and exit by how it ended."""
     from klkit.api.distill import distill, save_student
     from klkit.cli.estimate import default_folder
     from klkit.cli.progress import Line
+    from klkit.cli.train import tracking
     from klkit.train.processes import open_processes
     from klkit.train.rl import TrainingStopped
 
@@ -160,13 +164,19 @@ def carry_out(plan: Distillation, out: Path | None, save: Path | None, resume: b
         # A name that another process would make up a second later is another name.
         folder = out or processes.by_first(lambda: default_folder(plan.student, "distill"))
         line = Line()
+        send, close = tracking(track if processes.first else None, plan, folder)
+
+        def observe(report: DistillReport) -> None:
+            line.show(progress(report))
+            send(report)
+
         try:
             run = distill(
                 plan,
                 out=folder,
                 resume=resume,
                 announce=(lambda claim, notes: announce(plan, claim, notes)) if processes.first else None,
-                observe=(lambda report: line.show(progress(report))) if processes.first else None,
+                observe=observe if processes.first else None,
                 processes=processes,
             )
             if save is not None:
@@ -183,6 +193,7 @@ def carry_out(plan: Distillation, out: Path | None, save: Path | None, resume: b
             sys.exit(INTERRUPTED)
         finally:
             line.close()
+            close()
     if processes.first:
         show_run(run, folder, save)
 

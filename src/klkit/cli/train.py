@@ -13,6 +13,7 @@ import typer
 from klkit.cli import AUDIT_FAILED, INTERRUPTED
 
 if TYPE_CHECKING:
+    from klkit.api.distill_plan import Distillation, DistillReport
     from klkit.api.train import Report, Trained, Training
 
 train_app = typer.Typer(
@@ -164,7 +165,9 @@ def carry_out(training: Training, out: Path | None, resume: bool, track: str | N
     show_trained(trained, training, folder)
 
 
-def tracking(name: str | None, training: Training, folder: Path) -> tuple[Callable[[Report], None], Callable[[], None]]:
+def tracking(
+    name: str | None, plan: Training | Distillation, folder: Path
+) -> tuple[Callable[[Report | DistillReport], None], Callable[[], None]]:
     """What sends reports to the tracker of that name, if there is one, and what closes it."""
     if name is None:
         return lambda report: None, lambda: None
@@ -172,11 +175,12 @@ def tracking(name: str | None, training: Training, folder: Path) -> tuple[Callab
 
     from klkit.integrations.trackers import open_tracker
 
-    tracker = open_tracker(name, run=folder.name, config=asdict(training), folder=folder)
+    tracker = open_tracker(name, run=folder.name, config=asdict(plan), folder=folder)
 
-    def send(report: Report) -> None:
+    def send(report: Report | DistillReport) -> None:
         if report.metrics is not None:
-            tracker.log({f"train/{k}": v for k, v in report.metrics.to_dict().items() if k != "step"}, report.step)
+            measured = {k: v for k, v in report.metrics.to_dict().items() if isinstance(v, int | float) and k != "step"}
+            tracker.log({f"train/{k}": v for k, v in measured.items()}, report.step)
         if report.evaluation is not None:
             found = report.evaluation.to_dict()
             numbers = {f"held_out/{k}": v for k, v in found.items() if isinstance(v, float)}

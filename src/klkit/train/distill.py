@@ -170,6 +170,12 @@ def start(
             texts = texts.after([contexts[i] for i in texts.prompt.tolist()])
         else:
             texts = encode_examples(student.model, examples, recipe.max_tokens, window=window)
+    if texts is not None and size is not None and texts.decisions and int(texts.targets().max()) >= size:
+        wide = texts.prompt[texts.row()[texts.targets() >= size]]
+        raise ValueError(
+            f"expected responses of the {size} tokens that both models have, got others in {len(set(wide.tolist()))} "
+            f"examples, the first of them example {int(wide[0]) + 1}; leave these examples out"
+        )
     rows: TeacherRows | None = None
     if token_loss(recipe.divergence).key != CROSS_ENTROPY or recipe.sequence_level:
         rows = OnlineTeacher.of(model, examples, size) if model is not None else teacher  # type: ignore[assignment]
@@ -208,10 +214,11 @@ def step(state: DistillState) -> tuple[DistillState, DistillMetrics]:
                 problem = str(error)
                 break
     # Every process comes this far, whatever happened in one of them.
-    problems = [p for p in processes.gather(problem) if p is not None]
-    if problems:
+    wrong, *numbers = processes.sum([problem is not None, *totals.numbers])
+    if wrong:
+        problems = [found for found in processes.gather(problem) if found is not None]
         raise TrainingStopped(f"expected finite numbers in step {state.step + 1}, got: {problems[0]}")
-    totals = Totals.of(processes.sum(totals.numbers), totals.exactness)
+    totals = Totals.of(numbers, totals.exactness)
     processes.sum_gradients(weights)
     norm = float(torch.nn.utils.clip_grad_norm_(weights, recipe.gradient_norm))
     _require_sound(state, totals, tokens, norm)

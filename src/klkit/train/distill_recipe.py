@@ -36,7 +36,8 @@ class DistillRecipe:
         warmup: steps over which it rises.
         schedule: ``cosine`` falls to 0 at the last step; ``constant`` stays.
         gradient_norm: longest gradient; longer ones are shortened.
-        precision: in which the student's layers compute in training; weights and losses stay in theirs.
+        precision: in which the student's layers compute in training; weights and losses stay in theirs. No layer
+            drops anything out: the same strings give the same gradient.
         max_loss: mean divergence of a batch, in nats a token, above which the run has come apart.
         seed: names every random draw.
 
@@ -119,6 +120,11 @@ class DistillRecipe:
             raise ValueError(
                 f"expected only options that have an effect on learning, got {idle} with {CROSS_ENTROPY}, which has no "
                 f"teacher's law in it; leave it out, or choose a divergence"
+            )
+        if self.samples is not None and not self.teacher_writes and self.objective != "sequence-rkl":
+            raise ValueError(
+                f"expected samples with text=teacher or objective=sequence-rkl, where strings of one prompt are drawn "
+                f"together, got samples={self.samples} without; leave it out"
             )
         if self.objective == "sequence-rkl":
             for name in ("batch", "micro_batch"):
