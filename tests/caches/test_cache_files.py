@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from tests.tiny import folder
 
 from klkit.caches import build as building
+from klkit.caches import shards
 from klkit.caches.build import build
-from klkit.caches.cache import OPEN_SHARDS, StaleCache, TeacherCache
+from klkit.caches.cache import StaleCache, TeacherCache
 from klkit.caches.recording import KINDS, Recording
 from klkit.caches.shards import CacheError, parts_of
 from klkit.caches.sizes import cache_size, parse_size, require_room
@@ -139,13 +140,16 @@ def test_what_is_no_cache_is_refused(teacher, tmp_path):
         build(tmp_path / "c", teacher, strings()).cache.rows([12])
 
 
-def test_many_shards_are_not_all_open_at_once(teacher, tmp_path):
-    x = strings(120)
+def test_many_shards_are_not_all_open_at_once_and_checked_once(teacher, tmp_path, monkeypatch):
+    x, digests = strings(40), []
     cache = build(tmp_path / "c", teacher, x, Recording("top-k", k=3), batch=200, shard_bytes=100).cache
-    assert len(cache.manifest.parts) > OPEN_SHARDS
-    found = cache.rows(range(120), x)
-    assert len(found) == x.decisions
-    assert len(cache._open) <= OPEN_SHARDS
+    monkeypatch.setattr("klkit.caches.cache.OPEN_SHARDS", 5)
+    right = shards.file_digest
+    monkeypatch.setattr(shards, "file_digest", lambda path: digests.append(path) or right(path))
+    for _ in range(2):
+        assert len(cache.rows(range(40), x)) == x.decisions
+    assert len(cache._open) == 5
+    assert len(digests) == len(cache.manifest.parts) > 20
 
 
 def test_shards_depend_on_lengths_alone():

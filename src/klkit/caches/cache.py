@@ -23,7 +23,7 @@ from klkit.files import file_digest
 from klkit.models.base import LanguageModel, Vocabulary
 from klkit.sequences import Sequences
 
-OPEN_SHARDS = 32
+OPEN_SHARDS = 128  # files that are kept open: well below what a process may have
 NEGLIGIBLE = 1e-6  # mass of rows that no tokenizer names below which they do not matter
 
 
@@ -43,6 +43,7 @@ class TeacherCache:
         self.path, self.manifest = path, manifest
         self._first = [part.first for part in manifest.parts]
         self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._checked: set[int] = set()
         self._head: Head | None = None
 
     @classmethod
@@ -171,7 +172,9 @@ class TeacherCache:
         part = self.manifest.parts[place]
         shard = self._open.pop(place, None)
         if shard is None:
-            shard = Shard(self.path / SHARDS / self.manifest.files[place], part, self.kind)
+            path = self.path / SHARDS / self.manifest.files[place]
+            shard = Shard(path, part, self.kind, trusted=place in self._checked)
+            self._checked.add(place)
         self._open[place] = shard
         if len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)
