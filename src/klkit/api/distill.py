@@ -62,8 +62,8 @@ def distill(
         >>> recipe = DistillRecipe(batch=4, max_tokens=8)
         >>> plan = Distillation("klkit:reviews", "mine", "klkit:reviews-positive", steps=1, samples=1, recipe=recipe)
         >>> run = distill(plan, examples=data)
-        >>> [line["step"] for line in run.evaluations], run.claim.gradient
-        ([0, 1], False)
+        >>> [line["step"] for line in run.evaluations], run.claim.objective
+        ([0, 1], 'mean adaptive_kl of next-token laws along the given texts')
     """
     processes, recipe = processes or Processes(device=plan.device), plan.recipe
     made = prepare(plan, examples)

@@ -66,7 +66,7 @@ def step_units(count: int, step: int, units: int, seed: int) -> list[int]:
 
     Example:
         >>> step_units(3, 0, 2, seed=0) + step_units(3, 1, 2, seed=0)
-        [0, 2, 1, 2]
+        [1, 0, 2, 0]
     """
     places = range(step * units, (step + 1) * units)
     orders = {e: numpy_stream(seed, "examples", e).permutation(count) for e in {i // count for i in places}}
