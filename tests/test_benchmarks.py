@@ -26,7 +26,7 @@ def among_the_benchmarks(monkeypatch: pytest.MonkeyPatch):
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("name", ["logits", "linear", "sampling", "pipeline", "trl_step"])
+@pytest.mark.parametrize("name", ["logits", "linear", "adaptive", "distill", "sampling", "pipeline", "trl_step"])
 def test_a_benchmark_runs_and_its_tables_reach_the_page(name, tmp_path, monkeypatch, capsys):
     if name == "trl_step":
         pytest.importorskip("trl", reason="TRL is not installed: make test-trl installs it and runs this")
