@@ -124,8 +124,8 @@ class DistillStudy:
 
 SMOKE = DistillStudy(
     arms=("fkl", "rkl", "sum", "akl"), seeds=2, documentation_arms=("fkl", "rkl"), documentation_seeds=2,
-    teacher_steps=40, steps=20, warm=10, strings=200, held_out=48, questions=12, documentation_steps=3,
-    documentation_strings=24, checks=(0, 10),
+    teacher_steps=30, steps=10, warm=5, strings=120, held_out=24, questions=6, documentation_steps=2,
+    documentation_strings=10, checks=(0,),
 )  # fmt: skip
 """The same in half a minute: it shows that everything works, and nothing else."""
 
