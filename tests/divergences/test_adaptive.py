@@ -112,6 +112,17 @@ def test_long_rows_fall_back_row_by_row():
         assert abs(found - float(gap[row, members].sum() / gap[row].sum())) < 1e-3
 
 
+def test_the_likeliest_tokens_are_found_by_blocks():
+    order = torch.randn(4, 64 * 300 + 17, generator=torch.Generator().manual_seed(3))
+    order[1] = -torch.inf
+    order[1, 5::200] = 1.0
+    order[2, 64 * 300 :] += 9.0
+    order[3] = order[3].sort(descending=True).values
+    for width in (1, 64):
+        found = order.gather(-1, adaptive._likeliest(order, width)).sort(descending=True).values
+        assert found.tolist() == order.topk(width).values.tolist()
+
+
 def test_between_both_directions_and_their_sum():
     logp, logq = pair(1, 500, 7)
     forward, reverse = kl(logp, logq), reverse_kl(logp, logq)

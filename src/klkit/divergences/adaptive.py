@@ -17,8 +17,11 @@ from klkit.divergences.kl import nonnegative_kl
 from klkit.numerics import by_rows, paired
 
 HEADS = ("cover", "inside")
-WIDTHS = (64, 1024)
+WIDTHS = (64, 1024, 16384)
 """Likeliest tokens that are looked at for a head, before a row is sorted whole."""
+
+BLOCK = 64
+"""Tokens of which the likeliest stands for all, in the search for these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +167,7 @@ def _gap_of_likeliest(order: Tensor, p: Tensor, gap: Tensor, width: int, rule: H
         value, token = order.sort(dim=-1, descending=True, stable=True)
     else:
         # Of equals those with the least ids come first, which a selection does not keep.
-        token = order.topk(width, dim=-1).indices.sort(dim=-1).values
+        token = _likeliest(order, width).sort(dim=-1).values
         value, place = order.gather(-1, token).sort(dim=-1, descending=True, stable=True)
         token = token.gather(-1, place)
     likely = p.gather(-1, token).double()
@@ -176,3 +179,16 @@ def _gap_of_likeliest(order: Tensor, p: Tensor, gap: Tensor, width: int, rule: H
     last = value.gather(-1, inside.sum(-1, keepdim=True) - 1)[:, 0]
     # Tokens as likely as the least likely of these may have been left out.
     return (gap.gather(-1, token) * inside).sum(-1), (last > value[:, -1]) | whole
+
+
+def _likeliest(order: Tensor, width: int) -> Tensor:
+    """Places of the ``width`` largest entries of each row, which are in the blocks with the largest maxima."""
+    size = order.shape[1]
+    if size < 4 * BLOCK * width:
+        return order.topk(width, dim=-1, sorted=False).indices
+    whole = size // BLOCK * BLOCK
+    block = order[:, :whole].reshape(len(order), -1, BLOCK).amax(-1).topk(width, dim=-1, sorted=False).indices
+    columns = torch.arange(size, device=order.device)
+    place = (block[..., None] * BLOCK + columns[:BLOCK]).flatten(1)
+    place = torch.cat([place, columns[whole:].expand(len(order), -1)], -1)
+    return place.gather(-1, order.gather(-1, place).topk(width, dim=-1, sorted=False).indices)

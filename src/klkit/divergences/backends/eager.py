@@ -24,6 +24,9 @@ CHUNK_BYTES = 512 << 10
 
 ACCELERATOR_BYTES = 256 << 20
 
+ALIKE = 1.0 / 16
+"""``Σ |p − q|`` from which plain differences are good enough for it."""
+
 
 @torch.no_grad()
 def row_sums(a: Float[Tensor, "m v"], b: Float[Tensor, "m v"]) -> Float[Tensor, "m _"]:
@@ -72,12 +75,20 @@ def gaps_of(
     sums = RowSums(*table.unbind(1))
     norms, size = norms_of(sums, values(sums)), a.shape[1]
     gaps = torch.empty(len(a), 2, dtype=torch.float64, device=a.device)
+    scales = (-norms[:, 2]).exp(), (-norms[:, 2] - norms[:, 3]).exp()
     for rows, x, y in _chunks(a, b):
-        logits = x[:, :size].clone()
-        _, p, q, d = _laws(x, y, norms[rows])
-        gap = _gap(p, q, d).abs_()
-        gaps[rows, 0] = head_gap(logits, p[:, :size], gap[:, :size], rule).double()
-        gaps[rows, 1] = _sum(gap)
+        p, q = (
+            _exp(z - norms[rows, i, None].to(x.dtype)).mul_(scales[i][rows, None].to(x.dtype))
+            for i, z in enumerate((x, y))
+        )
+        gap = (p - q).abs_()
+        whole = _sum(gap)
+        alike = whole < ALIKE
+        if bool(alike.any()):
+            _, *laws = _laws(x[alike], y[alike], norms[rows][alike])
+            gap[alike] = _gap(*laws).abs_()
+            whole[alike] = _sum(gap[alike])
+        gaps[rows, 0], gaps[rows, 1] = head_gap(x[:, :size], p[:, :size], gap[:, :size], rule).double(), whole
     return gaps
 
 
