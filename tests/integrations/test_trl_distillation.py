@@ -16,7 +16,7 @@ import klkit.integrations.trl.distillation as ours
 from klkit import rng
 from klkit.api.prompts import read_prompts
 from klkit.divergences.partial import Logits
-from klkit.integrations.trl import DistillationTrainer, GKDTrainer
+from klkit.integrations.trl import DistillationTrainer, GKDTrainer, KLMonitorCallback
 from klkit.models.hf import HuggingFaceModel
 from klkit.objectives.distill import distillation_loss
 from klkit.sampling.ancestral import sample
@@ -223,6 +223,19 @@ def test_in_training_the_student_comes_closer_to_the_teacher(kind, loss, tmp_pat
     assert logged[-1]["divergence"] < 0.5 * logged[0]["divergence"]
     assert "entropy" not in logged[0]
     assert logged[0]["loss"] == pytest.approx(logged[0]["divergence"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_monitor_measures_the_distance_to_the_teacher(kind, tmp_path):
+    trainer = build(kind, tmp_path, max_steps=2, learning_rate=1e-6)
+    reference = HuggingFaceModel(teacher(), tokenizer(), name="teacher")
+    options = {"samples": 4, "max_tokens": 8, "seed": 0}
+    trainer.add_callback(KLMonitorCallback(trainer, PROMPTS[:4], every=2, reference=reference, **options))
+    alone = klkit.estimate(HuggingFaceModel(network(), tokenizer(), name="policy"), reference, PROMPTS[:4], **options)
+    trainer.train()
+    logged = [entry["kl_monitor"] for entry in trainer.state.log_history if "kl_monitor" in entry]
+    assert len(logged) == 2
+    assert logged[0] == pytest.approx(alone.headline.value, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
