@@ -76,3 +76,28 @@ def test_models_read_the_language_as_words():
     assert model.vocabulary.tokens[0] == instructions.END
     with pytest.raises(Exception, match="UNK"):
         words("a word that is not in it")
+
+
+def test_entropies_in_closed_form():
+    def surprise(weights):
+        total = sum(weights)
+        return -sum(w / total * math.log(w / total) for w in weights)
+
+    def zipf(count):
+        return [1 / (i + 1) for i in range(count)]
+
+    described = surprise([5, 3, 2]) + 0.8 * 2 * surprise(zipf(25)) + 0.2 * surprise(zipf(25))
+    assert entropy(["describe"]) == pytest.approx(described, rel=1e-12)
+    weights, total = zipf(10), sum(zipf(10))
+    triples = [
+        a / total * b / (total - a) * c / (total - a - b)
+        for i, a in enumerate(weights)
+        for j, b in enumerate(weights)
+        for k, c in enumerate(weights)
+        if len({i, j, k}) == 3
+    ]
+    assert math.fsum(triples) == pytest.approx(1, rel=1e-12)
+    assert entropy(["list"]) == pytest.approx(surprise(triples), rel=1e-12)
+    deed = surprise([share * w for share in (1, 0.5) for w in zipf(14)])
+    sentences = surprise(zipf(6)) + deed + surprise(zipf(4)) + surprise(zipf(9)) + surprise(zipf(8))
+    assert entropy(["story"]) == pytest.approx(sentences + surprise([3, 1]) + surprise(zipf(14)) / 4, rel=1e-12)
