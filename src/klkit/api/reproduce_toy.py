@@ -296,17 +296,19 @@ def _count(claim: str, optimiser: str, step: int, holds: Tensor, fkl: Tensor, rk
     )
 
 
+def ends(toy: Toy) -> list[ToyRow]:
+    """The rows of the last steps."""
+    last = {2: toy.study.steps_2, 3: toy.study.steps_3}
+    return [row for row in toy.rows if row.step == last[row.figure]]
+
+
 def conditions(toy: Toy) -> list[tuple[str, bool]]:
     """What must come out, each with whether it did: all of it held in every draw that was ever made."""
     study = toy.study
-    ends = [
-        row.worst_kl
-        for row in toy.rows
-        if row.optimiser == "adam" and row.step == (study.steps_2 if row.figure == 2 else study.steps_3)
-    ]
+    left = max(row.worst_kl for row in ends(toy) if row.optimiser == "adam")
     out = []
     if study.steps_2 >= 200 and study.steps_3 >= 800:
-        out.append(("Adam: all objectives end with both KLs below 1e-3, in both figures", max(ends) < 1e-3))
+        out.append(("Adam: all objectives end with both KLs below 1e-3, in both figures", left < 1e-3))
 
     def every(claim: str, optimiser: str, steps: Sequence[int]) -> bool:
         return all((c := toy.count(claim, optimiser, step)).held == c.draws for step in steps)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from klkit.api.reproduce_report import csv_text, write_files
-from klkit.api.reproduce_toy import CLAIMS, EARLY, OBJECTIVES, OPTIMISERS, Toy, ToyCount, conditions
+from klkit.api.reproduce_toy import CLAIMS, EARLY, OBJECTIVES, OPTIMISERS, Toy, ToyCount, conditions, ends
 from klkit.report.pages import Block, Heading, Items, Picture, Table, page, plain_text
 from klkit.report.reproductions import curves_figure, laws_figure
 from klkit.results import plain
@@ -46,7 +46,8 @@ def toy_blocks(toy: Toy) -> list[Block]:
 
 def toy_words(toy: Toy) -> list[str]:
     """A sentence for each claim and optimiser."""
-    out = []
+    left = max(row.worst_kl for row in ends(toy) if row.optimiser == "adam")
+    out = [f"All objectives lead to one law, the teacher (adam): largest KL left in any draw {left:.1e} nats."]
     for claim, words in CLAIMS.items():
         for optimiser in OPTIMISERS:
             mine = [c for c in toy.counts if (c.claim, c.optimiser) == (claim, optimiser)]
