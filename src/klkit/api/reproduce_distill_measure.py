@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ def on_text(teacher: HuggingFaceModel, student: HuggingFaceModel, text: Texts) -
     head = head_of(teacher)
     assert head is not None
     parts: list[dict[str, Tensor]] = []
-    for strings in torch.arange(len(text.x)).split(SCORED):
+    for strings in torch.split(torch.arange(len(text.x)), SCORED):
         part = text.select(strings)
         logp, logq = log_softmax(head.logits(part.hidden)), log_softmax(student_logits(student, part.x))
         weight, gap = head_weight(logp, logq), 2 * total_variation(logp, logq)
@@ -113,7 +114,8 @@ def written(
     model: HuggingFaceModel, x: Sequences, references: Sequence[Sequence[str]], samples: int
 ) -> dict[str, float]:
     """Rouge-L with the best of a prompt's references, distinct bigrams, and how alike its answers are; in percent."""
-    texts = [model.tokenizer.decode(x.completion(i), skip_special_tokens=True).split() for i in range(len(x))]
+    tokenizer: Any = model.tokenizer
+    texts = [tokenizer.decode(x.completion(i), skip_special_tokens=True).split() for i in range(len(x))]
     groups = [texts[i : i + samples] for i in range(0, len(texts), samples)]
     found = {"distinct_2": 100 * distinct_n(texts, 2)}
     if samples > 1:

@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from klkit.divergences.differentiable import divergences
+from klkit.divergences.partial import Logits
 from klkit.files import write_atomically
 from klkit.models.base import head_of
 from klkit.models.hf import HuggingFaceModel
-from klkit.objectives.distill import Logits, distillation_loss
+from klkit.objectives.distill import distillation_loss
 from klkit.objectives.distill_losses import CROSS_ENTROPY
 from klkit.objectives.policy import kl_surrogate
 from klkit.rng import derive, stream
@@ -50,7 +51,7 @@ class Texts:
     @classmethod
     def read(cls, teacher: HuggingFaceModel, x: Sequences) -> Texts:
         """The strings as ``teacher`` sees them."""
-        hidden = [teacher.encode(x.select(part)) for part in torch.arange(len(x)).split(256)]
+        hidden = [teacher.encode(x.select(part)) for part in torch.split(torch.arange(len(x)), 256)]
         return cls(x, torch.cat(hidden).clone())
 
     def select(self, strings: Int[Tensor, " k"]) -> Texts:
@@ -189,7 +190,7 @@ def _loss(
     if loss != SEQUENCE_REVERSE_KL:
         return distillation_loss(Logits(truth), Logits(logits), None, loss).loss
     block, rows = Decisions.of(x), divergences(logits, truth, x.targets())
-    parts = (spread(values, block.mask) for values in (rows.kl, rows.logp, rows.logq))
+    kl, logp, logq = (spread(values, block.mask) for values in (rows.kl, rows.logp, rows.logq))
     # Each answer's later divergences are held against those of the same prompt's other answer. The mean is over
     # decisions, like that of the other losses, so that clipping means the same.
-    return kl_surrogate(*parts, block.mask, group=x.prompt).loss * (len(x) / x.decisions)
+    return kl_surrogate(kl, logp, logq, block.mask, group=x.prompt).loss * (len(x) / x.decisions)
