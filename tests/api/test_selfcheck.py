@@ -196,7 +196,7 @@ def test_an_end_token_without_a_loss_fails(teacher, student, monkeypatch):
         )
         found.loss.backward()
         return replace(
-            right(model, theirs, x, recipe, size=size, tokens=tokens, strings=strings), loss=float(found.loss)
+            right(model, theirs, x, recipe, size=size, tokens=tokens, strings=strings), loss=float(found.loss.detach())
         )
 
     monkeypatch.setattr(training, "form_gradients", form_gradients)

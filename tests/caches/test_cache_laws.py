@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.tiny import folder
 
+from klkit.caches import recording as kinds
 from klkit.caches.build import build, size_of
 from klkit.caches.cache import TeacherCache
 from klkit.caches.recording import Recording, law, record
@@ -14,7 +15,7 @@ from klkit.divergences.kl import kl
 from klkit.divergences.linear import Head
 from klkit.divergences.partial import Hidden, Logits, Sampled, TopK
 from klkit.models.automaton import memoryless
-from klkit.models.base import log_probs
+from klkit.models.base import log_probs, read_rows
 from klkit.models.spec import load
 from klkit.objectives.distill import distillation_loss
 from klkit.objectives.distill_losses import LOSSES, token_loss
@@ -196,6 +197,14 @@ def test_draws_have_the_law_they_are_drawn_from():
     uniform = torch.rand(count, dtype=torch.float64, generator=stream(0, "teacher", 0))
     first = int((uniform < p.double().cumsum(0)[0]).sum())
     assert int(kept["counts"][0]) == first
+
+
+@pytest.mark.parametrize("kind", ["top-k", "sampled"])
+def test_rows_read_out_a_few_at_a_time_are_the_same(kind, teacher, tmp_path, monkeypatch):
+    one = build(tmp_path / "one", teacher, strings(), Recording(kind)).cache.rows(range(7))
+    monkeypatch.setattr(kinds, "read_rows", lambda model, hidden: read_rows(model, hidden, rows=2))
+    few = build(tmp_path / "few", teacher, strings(), Recording(kind)).cache.rows(range(7))
+    assert torch.equal(one.tokens, few.tokens)
 
 
 def test_sampled_caches_serve_the_forward_kl_and_nothing_else(teacher, student, tmp_path):
