@@ -228,3 +228,13 @@ def test_a_direction_without_weight_may_be_infinite():
 def test_rules_that_are_none(options):
     with pytest.raises(ValueError, match=r"expected (a mass from 0 to 1|head to be cover or inside)"):
         HeadRule(**options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_is_no_law_is_refused(side, bad, backend):
+    rows = [normal(7, 3, 300), normal(8, 3, 300)]
+    rows[side][1, slice(None) if bad < 0 else 17] = bad
+    with pytest.raises(ValueError, match=f"row 1 of 3 of {'pq'[side]}"):
+        divergences(*rows, head=HeadRule(), backend=backend)
