@@ -206,20 +206,20 @@ def test_accumulated_batches_take_the_step_of_one(kind, tmp_path):
 
 @pytest.mark.parametrize(("kind", "loss"), [("on-policy", "adaptive_kl"), ("given", "forward_kl")])
 def test_in_training_the_student_comes_closer_to_the_teacher(kind, loss, tmp_path):
-    trainer = build(kind, tmp_path, loss=loss, max_steps=25, learning_rate=1e-3, optim="adamw_torch")
+    trainer = build(kind, tmp_path, loss=loss, max_steps=16, learning_rate=1e-3, optim="adamw_torch")
     disturb(trainer, 0.05)
     p = HuggingFaceModel(teacher(), tokenizer(), name="teacher")
 
     def distance():
         q = HuggingFaceModel(trainer.model, tokenizer(), name="student")
-        return klkit.estimate(p, q, PROMPTS, samples=16, max_tokens=12, floor="none").headline
+        return klkit.estimate(p, q, PROMPTS, samples=6, max_tokens=10, floor="none").headline
 
     before = distance()
     trainer.train()
     after = distance()
-    assert after.value + 3 * after.stderr < 0.5 * (before.value - 3 * before.stderr)
+    assert after.value + 2 * after.stderr < 0.7 * (before.value - 2 * before.stderr)
     logged = [entry for entry in trainer.state.log_history if "divergence" in entry]
-    assert len(logged) == 25
+    assert len(logged) == 16
     assert logged[-1]["divergence"] < 0.5 * logged[0]["divergence"]
     assert "entropy" not in logged[0]
     assert logged[0]["loss"] == pytest.approx(logged[0]["divergence"], rel=1e-4)
@@ -229,7 +229,7 @@ def test_in_training_the_student_comes_closer_to_the_teacher(kind, loss, tmp_pat
 def test_the_monitor_measures_the_distance_to_the_teacher(kind, tmp_path):
     trainer = build(kind, tmp_path, max_steps=2, learning_rate=1e-6)
     reference = HuggingFaceModel(teacher(), tokenizer(), name="teacher")
-    options = {"samples": 4, "max_tokens": 8, "seed": 0}
+    options = {"samples": 4, "max_tokens": 6, "seed": 0, "floor": "none"}
     trainer.add_callback(KLMonitorCallback(trainer, PROMPTS[:4], every=2, reference=reference, **options))
     alone = klkit.estimate(HuggingFaceModel(network(), tokenizer(), name="policy"), reference, PROMPTS[:4], **options)
     trainer.train()

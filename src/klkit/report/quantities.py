@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-RESPONSE, TEXT, OWN, GIVEN = (
-    "response",
+TEXT, OWN, GIVEN = (
     "token of the held-out text",
     "token of the student's own",
     "token of the teacher's own",
