@@ -69,6 +69,15 @@ def test_a_self_check_trains_nothing_and_tells_what_holds(run, data):
     assert [path.name for path in Path().iterdir()] == ["data.jsonl"]
 
 
+@pytest.mark.parametrize("text", [["--text", "teacher"], ["--on-policy", "1"]])
+def test_a_self_check_of_prompts_alone_reads_what_the_models_write(run, text):
+    code, out, err = run(
+        "distill", *TEACHER, *STUDENT, "--data", "klkit:reviews", *text, "--max-tokens", "24", "--selfcheck"
+    )
+    assert code == 0, err + out
+    assert re.search(r"All \d+ checks hold", out)
+
+
 def test_a_run_that_comes_apart_says_so_and_fails(run, data):
     code, _out, err = run(
         "distill", *TEACHER, *STUDENT, "--data", data, *SMALL, "--steps", "2", "--max-loss", "1e-4", "--out", "run"

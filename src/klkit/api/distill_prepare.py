@@ -230,6 +230,22 @@ def written_by_teacher(
     )
 
 
+def answered(made: Prepared, recipe: DistillRecipe, count: int = 8) -> list[Example]:
+    """Some of the training examples as the run will read them: with the teacher's answers, where models write the text.
+
+    Where only the student writes, the teacher's answers stand for its own.
+    """
+    given = made.training
+    if made.teacher is None or not (recipe.teacher_writes or all(example.empty for example in given)):
+        return given
+    some = replace(made, training=given[:count])
+    asked = [made.learner.model.context(example.prompt) for example in some.training]
+    x = written_by_teacher(some, replace(recipe, objective="token", loss=None, samples=None), asked, Processes())
+    texts = response_texts(made.learner.model, x)
+    answers = [Example(given[k].prompt, text) for k, text in zip(x.prompt.tolist(), texts, strict=True)]
+    return [example for example in answers if not example.empty] or given
+
+
 def _read_lines(path: Path | None, count: int) -> list[dict[str, Any]] | None:
     if path is None or not path.is_file():
         return None

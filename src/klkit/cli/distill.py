@@ -204,14 +204,14 @@ def carry_out_check(plan: Distillation) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from klkit.api.distill_prepare import prepare
+    from klkit.api.distill_prepare import answered, prepare
     from klkit.api.selfcheck import selfcheck
     from klkit.train.teachers import CachedTeacher
 
     made = prepare(plan)
     rows = made.rows if isinstance(made.rows, CachedTeacher) else None
     teacher = None if made.foreign or rows is not None else made.teacher
-    found = selfcheck(teacher, made.learner, made.training, plan.recipe, rows=rows)
+    found = selfcheck(teacher, made.learner, answered(made, plan.recipe), plan.recipe, rows=rows)
     console = Console(highlight=False)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for name in ("check", "found", "allowed", "outcome"):
