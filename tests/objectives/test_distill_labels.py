@@ -119,6 +119,8 @@ def test_words_for_mixtures_and_parts():
     assert said.objective.startswith("0.75 × [mean adaptive_kl of next-token laws along the given texts] + 0.25 × [")
     assert any("0.5 of the loss is the text's cross-entropy" in note for note in said.notes)
     assert any("neither above nor below" in note for note in said.notes)
+    batches = claim(token_loss("forward_kl"), "teacher", per_token=True)
+    assert any("divided by the tokens of each batch" in note for note in batches.notes)
     assert "temperature 2" in claim(token_loss("forward_kl"), "teacher", temperature=2.0).objective
 
 

@@ -81,6 +81,8 @@ def prepare(plan: Distillation, examples: Sequence[Example] | None = None) -> Pr
         notes += [f"{empty} examples without a response are left out"] if empty else []
     if not given:
         raise ValueError(f"expected at least one example in {plan.data}, got none with a response; check the file")
+    if all(example.prompt is None for example in given):
+        notes.append("no example has a prompt: every response follows the empty context")
     if plan.held_out is None:
         chosen, note = split(len(given), plan)
         notes += [note] if note else []
@@ -128,6 +130,7 @@ def label(recipe: DistillRecipe, kind: str = "exact") -> Claim:
         temperature=recipe.temperature,
         cross_entropy=recipe.cross_entropy,
         exactness=kind,
+        per_token=not recipe.sequence_level,
     )
 
 
@@ -208,8 +211,15 @@ def written_by_teacher(
         asked = [made.teacher.context(example.prompt) for example in made.training]
         x = teacher_text(made.teacher, asked, recipe, size=made.size, processes=processes)
         texts = response_texts(made.teacher, x)
+        asked_for = [example.prompt for example in made.training]
         lines = [
-            {"example": k, "finished": done, "tokens": x.completion(i).tolist(), "response": texts[i]}
+            {
+                "example": k,
+                "prompt": x.context(i).tolist() if isinstance(asked_for[k], Tensor) else asked_for[k],
+                "response": texts[i],
+                "finished": done,
+                "tokens": x.completion(i).tolist(),
+            }
             for i, (k, done) in enumerate(zip(x.prompt.tolist(), x.finished.tolist(), strict=True))
         ]
         if path is not None:

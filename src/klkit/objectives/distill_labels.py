@@ -52,6 +52,7 @@ def claim(
     temperature: float = 1.0,
     cross_entropy: float = 0.0,
     exactness: str = "exact",
+    per_token: bool = False,
 ) -> Claim:
     """What a loss of next-token laws on such texts optimises.
 
@@ -63,6 +64,7 @@ def claim(
         temperature: of the divergence.
         cross_entropy: share of the cross-entropy of the text.
         exactness: see :class:`klkit.objectives.distill.Distilled`.
+        per_token: whether a batch's sum is divided by its number of tokens instead of strings.
 
     Raises:
         ValueError: ``text`` names nobody, or a score term is asked for where there is none.
@@ -83,6 +85,8 @@ def claim(
         )
     found = _plain(loss, text, score, temperature)
     notes = list(found.notes)
+    if per_token and "between the laws of whole responses" in found.objective:
+        notes.append("divided by the tokens of each batch, not its strings: unbiased up to that factor, which varies")
     if 0 < on_policy < 1 and text != "student":
         other = _plain(loss, "student", False, temperature)
         found = Claim(
