@@ -296,7 +296,7 @@ def test_a_teacher_of_nan_stops_the_run_before_the_weights_change(student):
     before = weights(state.student.model)
     with torch.no_grad():
         next(iter(broken.model.parameters())).fill_(float("nan"))
-    with pytest.raises(TrainingStopped, match=r"step 2, got: expected finite numbers from the teacher klkit:reviews-p"):
+    with pytest.raises(TrainingStopped, match=r"step 2 was not taken: expected finite numbers from the teacher"):
         step(state)
     assert torch.equal(weights(state.student.model), before)
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from klkit.cli import AUDIT_FAILED, INTERRUPTED
+from klkit.cli import AUDIT_FAILED
 
 if TYPE_CHECKING:
     from klkit.api.distill_plan import Distillation, DistillReport, DistillRun
@@ -156,9 +155,8 @@ def carry_out(plan: Distillation, out: Path | None, save: Path | None, resume: b
     from klkit.api.distill import distill, save_student
     from klkit.cli.estimate import default_folder
     from klkit.cli.progress import Line
-    from klkit.cli.train import tracking
+    from klkit.cli.training import ended_well, tracking
     from klkit.train.processes import open_processes
-    from klkit.train.rl import TrainingStopped
 
     with open_processes(plan.device) as processes:
         # A name that another process would make up a second later is another name.
@@ -170,7 +168,7 @@ def carry_out(plan: Distillation, out: Path | None, save: Path | None, resume: b
             line.show(progress(report))
             send(report)
 
-        try:
+        with ended_well(folder, line, close):
             run = distill(
                 plan,
                 out=folder,
@@ -181,19 +179,6 @@ def carry_out(plan: Distillation, out: Path | None, save: Path | None, resume: b
             )
             if save is not None:
                 processes.by_first(lambda: save_student(run.state.student, save))
-        except (KeyboardInterrupt, TrainingStopped) as error:
-            line.close()
-            checkpoints = sorted((folder / "checkpoints").glob("step-*"))
-            kept = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there was no checkpoint yet"
-            if isinstance(error, TrainingStopped):
-                print(f"klkit: training stopped: {error}; {kept}", file=sys.stderr)
-                sys.exit(AUDIT_FAILED)
-            again = f"repeat the command with --out {quote(str(folder))} --resume"
-            print(f"\nklkit: interrupted; {kept}. To continue, {again}", file=sys.stderr)
-            sys.exit(INTERRUPTED)
-        finally:
-            line.close()
-            close()
     if processes.first:
         show_run(run, folder, save)
 
@@ -246,21 +231,11 @@ def announce(plan: Distillation, claim: Claim, notes: tuple[str, ...]) -> None:
 
 
 def progress(report: DistillReport) -> str:
-    """One line of at most 79 columns.
+    """Where a run is, in a line."""
+    from klkit.cli.training import progress_line
 
-    Example:
-        >>> from klkit.api.distill_plan import DistillReport
-        >>> progress(DistillReport(3, 10, None, None, 6.0, 3))
-        'step 3/10  evaluating  14s left'
-    """
-    from klkit.cli.progress import clock
-
-    rate = report.fresh / report.seconds if report.fresh else 0.0
-    left = clock((report.steps - report.step) / rate if rate else float("inf"))
-    if report.metrics is None:
-        return f"step {report.step}/{report.steps}  evaluating  {left} left"
     m = report.metrics
-    return f"step {m.step}/{report.steps}  loss {m.loss:.3g}  {m.tokens} tokens  {rate:.3g} steps/s  {left} left"
+    return progress_line(report, "" if m is None else f"loss {m.loss:.3g}  {m.tokens} tokens")
 
 
 def show_run(run: DistillRun, folder: Path, save: Path | None) -> None:

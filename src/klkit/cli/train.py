@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from klkit.cli import AUDIT_FAILED, INTERRUPTED
-
 if TYPE_CHECKING:
-    from klkit.api.distill_plan import Distillation, DistillReport
     from klkit.api.train import Report, Trained, Training
 
 train_app = typer.Typer(
@@ -135,7 +129,7 @@ def carry_out(training: Training, out: Path | None, resume: bool, track: str | N
     from klkit.api.train import train_rl
     from klkit.cli.estimate import default_folder
     from klkit.cli.progress import Line
-    from klkit.train.rl import TrainingStopped
+    from klkit.cli.training import ended_well, tracking
 
     if resume and out is None:
         raise ValueError("expected the folder of the run to continue, got --resume alone; add --out FOLDER")
@@ -147,66 +141,18 @@ def carry_out(training: Training, out: Path | None, resume: bool, track: str | N
         line.show(progress(report))
         send(report)
 
-    try:
+    with ended_well(folder, line, close):
         trained = train_rl(training, out=folder, resume=resume, observe=observe)
-    except (KeyboardInterrupt, TrainingStopped) as error:
-        line.close()
-        checkpoints = sorted((folder / "checkpoints").glob("step-*"))
-        kept = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there was no checkpoint yet"
-        if isinstance(error, TrainingStopped):
-            print(f"klkit: training stopped: {error}; {kept}", file=sys.stderr)
-            sys.exit(AUDIT_FAILED)
-        again = f"repeat the command with --out {quote(str(folder))} --resume"
-        print(f"\nklkit: interrupted; {kept}. To continue, {again}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    finally:
-        line.close()
-        close()
     show_trained(trained, training, folder)
 
 
-def tracking(
-    name: str | None, plan: Training | Distillation, folder: Path
-) -> tuple[Callable[[Report | DistillReport], None], Callable[[], None]]:
-    """What sends reports to the tracker of that name, if there is one, and what closes it."""
-    if name is None:
-        return lambda report: None, lambda: None
-    from dataclasses import asdict
-
-    from klkit.integrations.trackers import open_tracker
-
-    tracker = open_tracker(name, run=folder.name, config=asdict(plan), folder=folder)
-
-    def send(report: Report | DistillReport) -> None:
-        if report.metrics is not None:
-            measured = {k: v for k, v in report.metrics.to_dict().items() if isinstance(v, int | float) and k != "step"}
-            tracker.log({f"train/{k}": v for k, v in measured.items()}, report.step)
-        if report.evaluation is not None:
-            found = report.evaluation.to_dict()
-            numbers = {f"held_out/{k}": v for k, v in found.items() if isinstance(v, float)}
-            tracker.log(numbers, report.step)
-
-    return send, tracker.close
-
-
 def progress(report: Report) -> str:
-    """One line of at most 79 columns.
+    """Where a run is, in a line."""
+    from klkit.cli.training import progress_line
 
-    Example:
-        >>> from klkit.api.train import Report
-        >>> progress(Report(3, 10, None, None, 6.0, 3))
-        'step 3/10  evaluating  14s left'
-    """
-    from klkit.cli.progress import clock
-
-    rate = report.fresh / report.seconds if report.fresh else 0.0
-    left = clock((report.steps - report.step) / rate if rate else float("inf"))
-    if report.metrics is None:
-        return f"step {report.step}/{report.steps}  evaluating  {left} left"
     m = report.metrics
-    return (
-        f"step {m.step}/{report.steps}  reward {m.reward:.3g}  KL {m.kl:.3g} nats  length {m.length:.0f}  "
-        f"{rate:.3g} steps/s  {left} left"
+    return progress_line(
+        report, "" if m is None else f"reward {m.reward:.3g}  KL {m.kl:.3g} nats  length {m.length:.0f}"
     )
 
 

@@ -217,7 +217,7 @@ def step(state: DistillState) -> tuple[DistillState, DistillMetrics]:
     wrong, *numbers = processes.sum([problem is not None, *totals.numbers])
     if wrong:
         problems = [found for found in processes.gather(problem) if found is not None]
-        raise TrainingStopped(f"expected finite numbers in step {state.step + 1}, got: {problems[0]}")
+        raise TrainingStopped(f"step {state.step + 1} was not taken: {problems[0]}")
     totals = Totals.of(numbers, totals.exactness)
     processes.sum_gradients(weights)
     norm = float(torch.nn.utils.clip_grad_norm_(weights, recipe.gradient_norm))

@@ -96,8 +96,8 @@ def encode_examples(
     if empty:
         raise ValueError(
             f"expected a response in every example, got {len(empty)} without one, the first of them example "
-            f"{empty[0] + 1}; mend or remove {'it' if len(empty) == 1 else 'them'}, leave them out with --skip-empty, or "
-            f"have the teacher answer with --text teacher"
+            f"{empty[0] + 1}; mend or remove {'it' if len(empty) == 1 else 'them'}, leave them out with --skip-empty, "
+            f"or have the teacher answer with --text teacher"
         )
     contexts = [model.context(example.prompt) for example in examples]
     end = torch.tensor([end_token(model)])
