@@ -114,11 +114,9 @@ def test_text_of_the_student_teaches_nothing_by_its_likelihood(toy):
 
 
 def test_words_for_mixtures_and_parts():
-    said = claim(token_loss("adaptive_kl"), "data", on_policy=0.25, cross_entropy=0.5, exactness="estimate")
+    said = claim(token_loss("adaptive_kl"), "data", on_policy=0.25)
     assert not said.gradient
     assert said.objective.startswith("0.75 × [mean adaptive_kl of next-token laws along the given texts] + 0.25 × [")
-    assert any("0.5 of the loss is the text's cross-entropy" in note for note in said.notes)
-    assert any("neither above nor below" in note for note in said.notes)
     batches = claim(token_loss("forward_kl"), "teacher", per_token=True)
     assert any("divided by the tokens of each batch" in note for note in batches.notes)
     assert "temperature 2" in claim(token_loss("forward_kl"), "teacher", temperature=2.0).objective
@@ -135,3 +133,36 @@ def test_words_for_mixtures_and_parts():
 def test_refusals(key, text, options, message):
     with pytest.raises(ValueError, match=message):
         claim(token_loss(key), text, **options)
+
+
+def test_shares_of_one_leave_nothing_of_the_other():
+    sft = claim(token_loss("cross_entropy"), "teacher")
+    assert claim(token_loss("adaptive_kl"), "teacher", cross_entropy=1.0).objective == sft.objective
+    alone = claim(token_loss("reverse_kl"), "data", on_policy=1.0)
+    assert (alone.objective, alone.gradient) == (SEQUENCE_REVERSE, False)
+
+
+def test_a_mixture_with_the_texts_likelihood_names_both_parts():
+    same = claim(token_loss("forward_kl"), "teacher", cross_entropy=0.25)
+    assert (same.objective, same.gradient) == (SEQUENCE_FORWARD, True)
+    other = claim(token_loss("reverse_kl"), "data", cross_entropy=0.25, temperature=2.0)
+    assert other.objective.startswith("3 × [mean reverse_kl of next-token laws at temperature 2")
+    assert other.objective.endswith("0.25 × [negative log-likelihood of the given texts]")
+
+
+@pytest.mark.parametrize(("text", "cross_entropy"), [("data", 0.5), ("teacher", 0.25), ("student", 0.5)])
+def test_whether_a_mixture_has_its_gradient(toy, text, cross_entropy):
+    said = claim(token_loss("forward_kl"), text, cross_entropy=cross_entropy)
+    parts = [one_loss_a_string(toy, key) for key in ("forward_kl", "cross_entropy")]
+    loss = (1 - cross_entropy) * parts[0] + cross_entropy * parts[1]
+    formed = toy.gradient(mean(toy, text, loss))
+    true = toy.gradient((toy.law(LAWS[text](toy)) * loss).sum())
+    assert said.gradient == (float((formed - true).norm()) < 1e-9)
+
+
+def test_a_part_of_the_teacher_is_not_called_the_whole():
+    bound = claim(token_loss("forward_kl"), "teacher", exactness="lower bound")
+    assert bound.objective == f"a lower bound of [{SEQUENCE_FORWARD}] from the teacher's likeliest tokens"
+    guess = claim(token_loss("adaptive_kl"), "data", exactness="estimate")
+    assert guess.objective.startswith("an estimate, neither above nor below for certain, of [mean adaptive_kl")
+    assert any("weights are constants" in note for note in guess.notes)

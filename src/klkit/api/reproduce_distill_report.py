@@ -165,6 +165,8 @@ def distill_blocks(found: Distillation) -> list[Block]:
         f"{LEVEL:g}. Nothing is required of akl against sum.",
         Items([_ordering_words(x) for x in orderings(found)]),
         Heading("What each student descends"),
+        "A batch's sum is divided by its tokens: where the quantity is one of whole responses, the gradient is unbiased "
+        "up to that factor, which varies.",
         Items([f"{arm}: {_descends(arm)}" for arm in study.arms]),
     ]
     for tier in TIERS:
@@ -207,8 +209,8 @@ def _tier_blocks(found: Distillation, tier: str) -> list[Block]:
         Table(["loss", *(COLUMNS[name] for name in names)], spread),
         f"Comparisons, first against second: mean difference with its 95 % interval. The words hold for all "
         f"{len({(c.first, c.second) for c in mine})} comparisons of a measure together (Holm, {LEVEL:g}). Equivalent "
-        "means within 5 % of what sum reaches, or 0.5 points of Rouge-L or distinct-2. Where nothing is resolved, so "
-        "many seeds (if more than there are) would find a difference of that size.",
+        "means within 5 % of what sum reaches, or 0.5 points of Rouge-L or distinct-2: the margin. Where nothing is "
+        "resolved, so many seeds (if more than there are) would find a difference as large as the margin.",
         _signs(mine),
         "+ better, - worse, > higher, < lower, = equivalent, ? not resolved; in brackets if within the margin.",
         Items(pair_words(mine)),

@@ -35,7 +35,8 @@ class Distilled:
         cross_entropy: ``−log q(y)`` of the tokens, at temperature 1; None without tokens.
         kl: ``KL(p‖q)``, at the temperature; a lower bound from a top-k teacher, None from a sampled one.
         reverse_kl: ``KL(q‖p)``, likewise.
-        head_weight: what the adaptive KL gives ``KL(p‖q)``, where that is the loss.
+        head_weight: share of ``Σ |p − q|`` in the head, where the loss is an adaptive KL: what it gives ``KL(p‖q)``, or
+            with exchanged weights ``KL(q‖p)``.
         head_bounds: ``(m, 2)``, what that weight may be behind the bucket of a top-k teacher; None where it is known.
         count: sum of the decisions' weights.
         exactness: what the divergence is to that of the whole laws: ``"exact"``, ``"lower bound"``,

@@ -83,27 +83,45 @@ def claim(
             f"expected reverse_kl at temperature 1 on the student's own text for the score term, got {loss.key} at "
             f"{temperature:g} on text of the {text}; it belongs to KL(student‖teacher) of whole responses"
         )
+    text = "student" if on_policy == 1 else text
     found = _plain(loss, text, score, temperature)
+    if 0 < on_policy < 1 and text != "student":
+        found = _mixed(1 - on_policy, found, on_policy, _plain(loss, "student", False, temperature))
+    if loss.key != CROSS_ENTROPY:
+        if exactness in ("lower bound", "estimate"):
+            found = _of_a_part(found, exactness)
+        if cross_entropy == 1:
+            found = _likelihood(text)
+        elif cross_entropy:
+            found = _mixed((1 - cross_entropy) * temperature**2, found, cross_entropy, _likelihood(text))
     notes = list(found.notes)
     if per_token and "between the laws of whole responses" in found.objective:
         notes.append("divided by the tokens of each batch, not its strings: unbiased up to that factor, which varies")
-    if 0 < on_policy < 1 and text != "student":
-        other = _plain(loss, "student", False, temperature)
-        found = Claim(
-            f"{1 - on_policy:.4g} × [{found.objective}] + {on_policy:.4g} × [{other.objective}]",
-            found.value and other.value,
-            found.gradient and other.gradient,
-        )
-        notes += other.notes
-    if 0 < cross_entropy < 1 and loss.key != CROSS_ENTROPY:
-        notes.append(f"{cross_entropy:.4g} of the loss is the text's cross-entropy, which is another objective")
-    if exactness == "lower bound":
-        notes.append("from a top-k teacher: a lower bound of it, with the gradient of that bound")
-    if exactness == "estimate":
-        notes.append("from a top-k teacher: an estimate of it, neither above nor below for certain")
+    if loss.head is not None and cross_entropy != 1:
+        notes.append("the head's weights are constants: the gradient is that of the divergence with these weights")
     if exactness == "unbiased gradient":
         notes.append("from a sampled teacher: the gradient is that of the whole law on average, with more noise")
     return Claim(found.objective, found.value, found.gradient, tuple(dict.fromkeys(notes)))
+
+
+def _mixed(share: float, first: Claim, rest: float, second: Claim) -> Claim:
+    """The claim for a weighted sum of two losses; it may be that both follow the same quantity."""
+    same = first.objective == second.objective
+    objective = f"{share:.4g} × [{first.objective}] + {rest:.4g} × [{second.objective}]"
+    return Claim(
+        first.objective if same else objective,
+        first.value and second.value,
+        first.gradient and second.gradient,
+        (*first.notes, *second.notes),
+    )
+
+
+def _of_a_part(whole: Claim, exactness: str) -> Claim:
+    """The claim where of the teacher's laws only the likeliest tokens are known."""
+    certain = (
+        "a lower bound of" if exactness == "lower bound" else "an estimate, neither above nor below for certain, of"
+    )
+    return Claim(f"{certain} [{whole.objective}] from the teacher's likeliest tokens", whole.value, whole.gradient)
 
 
 def _plain(loss: TokenLoss, text: str, score: bool, temperature: float) -> Claim:

@@ -141,15 +141,17 @@ def _adaptive_loss(mass: float, head: str, swapped: bool) -> TokenLoss:
 
 def _js_loss(key: str, p_weight: float) -> TokenLoss:
     normalised = key == "normalised_js"
-    over = f" / {p_weight * (1 - p_weight):.4g}" if normalised and p_weight not in (0, 1) else ""
     rows = normalised_jensen_shannon if normalised else generalised_jensen_shannon
     formula = f"{p_weight:g} KL(p‖m) + {1 - p_weight:.4g} KL(q‖m), m = {p_weight:g} p + {1 - p_weight:.4g} q"
+    if normalised:
+        ends = {0: "KL(p‖q), the end at p_weight=0", 1: "KL(q‖p), the end at p_weight=1"}
+        formula = ends.get(p_weight, f"({formula}) / {p_weight * (1 - p_weight):.4g}")  # type: ignore[call-overload]
     probe = torch.tensor([0.5, 0.5]).log()
     rows(probe, probe, p_weight=p_weight)  # refuses a weight that is none
     factor = 4.0 if normalised else 1.0
     return TokenLoss(
         key,
-        f"({formula}){over}" if over else formula,
+        formula,
         partial(rows, p_weight=p_weight),
         (lambda found: Weights(js=torch.full_like(found.kl, factor))) if p_weight == 0.5 else None,
         {"p_weight": p_weight},

@@ -80,7 +80,7 @@ class DistillMetrics:
         divergence: the loss's divergence, at the temperature, without its square; nats a token.
         kl: KL(teacher‖student), nats a token; None where it is not known.
         reverse_kl: KL(student‖teacher), likewise.
-        head_weight: what the adaptive KL gave KL(teacher‖student); None for other losses.
+        head_weight: share of Σ|p − q| in the teacher's head, by which an adaptive KL weighs; None for other losses.
         cross_entropy: of the strings' own tokens.
         tokens: decisions.
         strings: strings.
