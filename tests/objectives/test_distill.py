@@ -387,6 +387,7 @@ def test_no_gradient_reaches_the_teacher():
         ({"cross_entropy": 1.5}, "expected a share of cross-entropy from 0 to 1"),
         ({"temperature": 0.0}, "positive temperature, got 0 and 0.0|and 0.0"),
         ({"weight": -torch.ones(40)}, "expected weights of at least 0, got -1"),
+        ({"weight": torch.full((40,), torch.nan)}, "expected weights of at least 0, got nan"),
         ({"loss": "kd"}, "expected a loss among forward_kl, reverse_kl"),
         ({"loss": "adaptive_kl,mu=0.5"}, r"expected options of adaptive_kl among: mass=0.5, head=cover; got 'mu=0.5'"),
         ({"loss": "adaptive_kl,mass=half"}, "expected a number, got 'mass=half'"),

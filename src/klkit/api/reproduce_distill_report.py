@@ -165,8 +165,8 @@ def distill_blocks(found: Distillation) -> list[Block]:
         f"{LEVEL:g}. Nothing is required of akl against sum.",
         Items([_ordering_words(x) for x in orderings(found)]),
         Heading("What each student descends"),
-        "A batch's sum is divided by its tokens: where the quantity is one of whole responses, the gradient is unbiased "
-        "up to that factor, which varies.",
+        "A batch's sum is divided by its tokens: where the quantity is one of whole responses, the gradient is "
+        "unbiased up to that factor, which varies.",
         Items([f"{arm}: {_descends(arm)}" for arm in study.arms]),
     ]
     for tier in TIERS:

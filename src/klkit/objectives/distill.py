@@ -260,7 +260,7 @@ def require_fit(
             f"expected one row a decision of everything, got {', '.join(f'{n} {c}' for n, c in given.items())}; select "
             f"the same decisions of both models, the ones that predict the tokens"
         )
-    if weight is not None and bool((weight < 0).any()):
+    if weight is not None and not bool((weight >= 0).all()):  # NaN neither
         raise ValueError(f"expected weights of at least 0, got {float(weight.min()):.4g}; leave such decisions out")
     if tokens is not None:
         require_tokens(tokens[:, None], student.size)
