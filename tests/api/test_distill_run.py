@@ -1,5 +1,6 @@
 """Whole distillation runs: what they leave, how they go on exactly, what they refuse before anything is written."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tests.tiny import build as tiny
+from tests.tiny import tokenizer
 
 from klkit.api import distill as module
 from klkit.api.distill import distill
@@ -297,3 +300,25 @@ def test_the_student_of_a_half_precision_checkpoint_is_trained_in_single(tmp_pat
     assert distill(plan, examples=EXAMPLES).state.student.model.dtype == torch.float32
     with pytest.raises(ValueError, match="expected weights in float32"):
         distill(replace(plan, student=f"{tmp_path}/half,dtype=bfloat16"), examples=EXAMPLES)
+
+
+@pytest.mark.parametrize("samples", [0, 1])
+@pytest.mark.parametrize("loss", ["forward_kl", "cross_entropy"])
+def test_templates_that_differ_are_named_by_the_run_and_by_its_evaluations(tmp_path, loss, samples):
+    for name, opening in (("one", "Q: "), ("two", "USER ")):
+        words = copy.deepcopy(tokenizer())
+        words.chat_template = opening + "{{ messages[0].content }}"
+        words.save_pretrained(tmp_path / name)
+        tiny("gpt2").save_pretrained(tmp_path / name)
+    data = [Example([{"role": "user", "content": f"{what}?"}], " superb") for what in ("plot", "cast", "music")]
+    recipe = replace(RECIPE, batch=2, loss=loss, max_tokens=6)
+
+    def notes(teacher):
+        plan = replace(SMALL, student=str(tmp_path / "one"), teacher=str(tmp_path / teacher), steps=1, samples=samples)
+        run = distill(replace(plan, recipe=recipe), examples=data)
+        return [run.notes, *(line["notes"] for line in run.evaluations)]
+
+    told = [sum("different contexts for 3 of 3 prompts" in note for note in some) for some in notes("two")]
+    # Nothing reads the teacher where the tokens' own cross-entropy is all that is trained, and nothing evaluated.
+    assert told == [int(samples > 0 or loss == "forward_kl"), *[1] * (2 * samples)]
+    assert not any("different contexts" in note for some in notes("one") for note in some)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 from tests.bank import random_pair, short_pair
-from tests.enumeration import strings
+from tests.enumeration import per_string, strings
+from tests.tiny import build, tokenizer
 
 from klkit.divergences.adaptive import adaptive_kl, head_weight
 from klkit.divergences.kl import entropy, kl, reverse_kl
@@ -19,7 +20,9 @@ from klkit.models.spec import load
 from klkit.report.quantities import QUANTITIES
 from klkit.sequences import Sequences
 from klkit.stats.overlap import distinct_n, rouge_l, self_rouge_l
+from klkit.train.distill import start, step
 from klkit.train.distill_evaluate import assemble, evaluate_student, examine, held_out
+from klkit.train.distill_recipe import DistillRecipe
 from klkit.train.examples import Example
 
 FILM = [
@@ -40,11 +43,15 @@ def letters(model):
 
 def exam(p, prompts: Sequence[str | None], text, *, samples=2, max_tokens=6, seed=0):
     decode = letters(p)
+    contexts = [p.context(prompt) for prompt in prompts]
+    ids = [context.tolist() for context in contexts]
     return assemble(
         p,
-        [p.context(prompt) for prompt in prompts],
+        contexts,
+        contexts,
         text,
         decode(text) if text is not None else [],
+        [] if text is None else [ids.index(text.context(i).tolist()) for i in range(len(text))],
         decode,
         samples=samples,
         max_tokens=max_tokens,
@@ -204,3 +211,91 @@ def test_nothing_to_be_examined_on_is_refused(models):
         evaluate_student(*models, [])
     with pytest.raises(ValueError, match="samples=0"):
         evaluate_student(*models, FILM[:1], samples=0)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_each_model_reads_its_own_contexts_in_both_directions(same):
+    p, q = random_pair(3, spread=2.0)
+    q = p if same else q
+    read_p, read_q = p.context("bb"), q.context("a")
+    text = Sequences.pack([read_q] * 3, [torch.tensor(ids) for ids in ([0, 1, 2], [1, 2], [0, 0, 1])])
+    options = {"samples": 1500, "max_tokens": 4, "seed": 0}
+    decode = letters(p)
+    found = examine(p, q, assemble(p, [read_q], [read_p], text, decode(text), [0, 0, 0], decode, **options))
+
+    def laws(x):
+        return (m.readout(m.encode(x.after([read] * len(x)))) for m, read in ((p, read_p), (q, read_q)))
+
+    given, own = strings(p, 4, prompt="bb"), strings(q, 4, prompt="a")
+    for every, estimate, toward, prefix in ((given, found.kl, kl, "given"), (own, found.reverse_kl, reverse_kl, "own")):
+        logp, logq = laws(every.x)
+        wanted = every.mean(per_string(every.x, toward(logp, logq)))
+        assert wanted > 0.1
+        assert estimate.stderr < 0.05 * wanted
+        assert abs(estimate.value - wanted) < 4.5 * estimate.stderr
+        mass = every.probability[every.x.row()]
+        for name, divergence in (("kl", kl), ("reverse_kl", reverse_kl)):
+            mean = found.means[f"{prefix}_{name}"]
+            wanted = float((mass * divergence(logp, logq)).sum() / mass.sum())
+            assert abs(mean.value - wanted) < 4.5 * mean.stderr, (prefix, name)
+        if prefix == "own":
+            wanted = float(-(mass * logp.gather(1, every.x.targets()[:, None])[:, 0]).sum() / mass.sum())
+            mean = found.means["own_cross_entropy_teacher"]
+            assert abs(mean.value - wanted) < 4.5 * mean.stderr
+    logp, logq = laws(text)
+    y = text.targets()[:, None]
+    wanted = {
+        "kl": kl(logp, logq),
+        "reverse_kl": reverse_kl(logp, logq),
+        "entropy": entropy(logq),
+        "entropy_teacher": entropy(logp),
+        "cross_entropy": -logq.gather(1, y)[:, 0],
+        "cross_entropy_teacher": -logp.gather(1, y)[:, 0],
+        "head_weight": head_weight(logp, logq),
+    }
+    for name, values in wanted.items():
+        assert found.means[f"text_{name}"].value == pytest.approx(float(values.double().mean()), abs=1e-12), name
+    assert any("different contexts for 1 of 1 prompts" in note for note in found.notes)
+
+
+def chat(template):
+    """The same small model behind any template."""
+    words = copy.deepcopy(tokenizer())
+    words.chat_template = template
+    return HuggingFaceModel(build("gpt2"), words)
+
+
+CONVERSATIONS = [
+    Example([{"role": "system", "content": rule}, {"role": "user", "content": said}], answer)
+    for rule in ("short", "long")
+    for said, answer in (("good?", " the plot was thin"), ("the cast?", " superb"), ("music?", " we liked it"))
+]
+LAST = "{{ messages[-1].content }}"
+
+
+@pytest.mark.parametrize("opening", ["Q: ", "USER {{ messages[0].content }} "])
+def test_the_divergence_of_the_text_is_the_one_that_is_trained_whatever_the_templates(opening):
+    student, teacher = chat("Q: " + LAST), chat(opening + LAST)
+    recipe = DistillRecipe(loss="forward_kl", batch=len(CONVERSATIONS), max_tokens=12)
+    _, trained = step(start(student, teacher, CONVERSATIONS, recipe, 1))
+    found = evaluate_student(teacher, student, CONVERSATIONS, samples=2, max_tokens=12)
+    for name in ("kl", "reverse_kl", "cross_entropy"):
+        assert found.means[f"text_{name}"].value == pytest.approx(getattr(trained, name), rel=1e-5, abs=1e-9), name
+    if opening == "Q: ":
+        assert (trained.kl, found.kl.value, found.reverse_kl.value, found.notes) == (0.0, 0.0, 0.0, ())
+        assert found.kl.prompts == 3  # neither model reads the rule
+    else:
+        assert min(trained.kl, found.kl.value, found.reverse_kl.value) > 0.5
+        assert found.kl.prompts == 6  # the teacher does
+        assert [note for note in found.notes if "different contexts for 6 of 6 prompts" in note] == list(found.notes)
+
+
+def test_strings_and_contexts_that_do_not_belong_together_are_refused():
+    p = random_pair(1)[0]
+    options = {"samples": 1, "max_tokens": 4, "seed": 0}
+    a = p.context("a")
+    with pytest.raises(ValueError, match="2 contexts of the students' and 1 of the teacher's"):
+        assemble(p, [a, a], [a], None, [], [], letters(p), **options)
+    text = Sequences.pack([a], [torch.tensor([0, 2])])
+    with pytest.raises(ValueError, match="1 texts to 0"):
+        assemble(p, [a], [a], text, ["a"], [], letters(p), **options)

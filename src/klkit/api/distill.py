@@ -13,6 +13,7 @@ from klkit.api.distill_plan import Distillation, DistillReport, DistillRun
 from klkit.api.distill_prepare import Prepared, prepare, written_by_teacher
 from klkit.api.prepare import versions
 from klkit.api.train import digest
+from klkit.models.align import context_note
 from klkit.objectives.distill_labels import Claim
 from klkit.report.distillation import write_distillation_report
 from klkit.sequences import Sequences
@@ -23,7 +24,7 @@ from klkit.train.examples import Example
 from klkit.train.folder import CHECKPOINTS, EVALUATIONS, FREE_ON_RESUME, METRICS, TrainingFolder
 from klkit.train.learner import Learner
 from klkit.train.processes import Processes
-from klkit.train.teachers import CachedTeacher
+from klkit.train.teachers import CachedTeacher, OnlineTeacher
 
 TEACHER_TEXT, STUDENT = "teacher_text.jsonl", "student"
 
@@ -79,7 +80,7 @@ def distill(
         state = replace(state, texts=written_by_teacher(made, recipe, state.contexts, processes, path))
     if folder is not None and folder.checkpoints():
         state = restore(state, folder.checkpoints()[-1])
-    notes = tuple(dict.fromkeys((*made.notes, *state.notes)))
+    notes = tuple(dict.fromkeys((*made.notes, *state.notes, *contexts_differ(state, held))))
     if announce is not None:
         announce(made.claim, notes)
     try:
@@ -106,6 +107,15 @@ def examined_on(plan: Distillation, made: Prepared) -> HeldOut | None:
         max_tokens=plan.recipe.max_tokens,
         seed=plan.recipe.seed,
     )
+
+
+def contexts_differ(state: DistillState, held: HeldOut | None) -> tuple[str, ...]:
+    """A note if the teacher reads other contexts than the student, where it is read from or compared with."""
+    if isinstance(state.teacher, OnlineTeacher):
+        note = context_note(state.teacher.contexts, state.contexts)
+    else:
+        note = None if held is None else held.note
+    return () if note is None else (note,)
 
 
 def open_folder(path: Path, plan: Distillation, made: Prepared, state: DistillState, resume: bool) -> TrainingFolder:

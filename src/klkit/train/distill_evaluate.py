@@ -19,7 +19,7 @@ from klkit.estimators.exposure import ExposureBias, exposure_bias
 from klkit.estimators.heads import HeadTally
 from klkit.estimators.statistics import score, weighted
 from klkit.estimators.variates import token_features
-from klkit.models.align import align
+from klkit.models.align import align, context_note
 from klkit.models.base import LanguageModel
 from klkit.results import Estimate, plain
 from klkit.rng import derive
@@ -60,10 +60,11 @@ class HeldOut:
     """What students are examined on; nothing in it depends on the student's weights.
 
     Attributes:
-        text: the reference responses after their prompts; None where no prompt has one.
-        contexts: each different prompt.
+        text: the reference responses, behind the teacher's contexts; None where no prompt has one.
+        contexts: each different prompt as the students read it.
+        contexts_teacher: the same prompts as the teacher reads them, by a template of its own where it has one.
         references: the reference responses to each, which may be none.
-        responses: the teacher's own responses, ``samples`` a prompt.
+        responses: the teacher's own responses, behind its contexts, ``samples`` a prompt.
         samples: responses a prompt.
         max_tokens: longest response.
         seed: names the strings.
@@ -72,12 +73,18 @@ class HeldOut:
 
     text: Sequences | None
     contexts: tuple[Int[Tensor, " _c"], ...]
+    contexts_teacher: tuple[Int[Tensor, " _c"], ...]
     references: tuple[tuple[str, ...], ...]
     responses: Sequences
     samples: int
     max_tokens: int
     seed: int
     decode: Callable[[Sequences], list[str]]
+
+    @property
+    def note(self) -> str | None:
+        """What to say where the teacher and the students read different contexts, else None."""
+        return context_note(self.contexts_teacher, self.contexts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +136,7 @@ def evaluate_student(
 ) -> DistillEvaluation:
     """``KL(p‖q) = Σ p (log p − log q)`` of teacher ``p`` and student ``q`` in both directions, and all beside it.
 
+    Each model reads a prompt by its own template, as in training; where the templates differ, a note says so.
     Examples with one prompt are references of one another. For several students of one teacher, or several steps of
     one run, :func:`held_out` once and :func:`examine` often saves sampling the teacher again.
 
@@ -164,12 +172,15 @@ def held_out(
     from klkit.train.rewards import response_texts
 
     answered, _ = without_empty(examples)
+    asked = [i for i, example in enumerate(examples) if not example.empty]
     p, _, _ = align(teacher, student)  # what no tokenizer names is not drawn
     return assemble(
         p,
         [student.context(example.prompt) for example in examples],
+        [teacher.context(example.prompt) for example in examples],
         encode_examples(student, answered, max_tokens) if answered else None,
         [example.response for example in answered],
+        asked,
         partial(response_texts, student),
         samples=samples,
         max_tokens=max_tokens,
@@ -180,8 +191,10 @@ def held_out(
 def assemble(
     teacher: LanguageModel,
     contexts: Sequence[Int[Tensor, " _c"]],
+    contexts_teacher: Sequence[Int[Tensor, " _c"]],
     text: Sequences | None,
     references: Sequence[str],
+    asked: Sequence[int],
     decode: Callable[[Sequences], list[str]],
     *,
     samples: int,
@@ -191,35 +204,50 @@ def assemble(
     """The same from contexts and strings that are encoded already.
 
     Args:
-        contexts: prompts; one that comes again counts once.
-        text: responses after some of them.
+        contexts: prompts as the students read them; one that comes again counts once.
+        contexts_teacher: the same prompts as the teacher reads them.
+        text: responses to some of them, behind whatever context.
         references: the text of each of these.
+        asked: the index of the prompt that each of these answers.
 
     Raises:
-        ValueError: there is no prompt, there are not as many references as responses, or no samples are wanted.
+        ValueError: there is no prompt, the models' contexts are not of as many prompts, there are not as many
+            references as responses, or no samples are wanted.
     """
     rows = 0 if text is None else len(text)
-    if not len(contexts) or len(references) != rows or samples < 1:
+    if not len(contexts) or not len(references) == len(asked) == rows or samples < 1:
         raise ValueError(
-            f"expected at least one held-out prompt, a text for each of {rows} responses and at least one sample a "
-            f"prompt, got {len(contexts)} prompts, {len(references)} texts and samples={samples}"
+            f"expected at least one held-out prompt, a text and a prompt for each of {rows} responses and at least one "
+            f"sample a prompt, got {len(contexts)} prompts, {len(references)} texts to {len(asked)} and "
+            f"samples={samples}"
         )
-    number: dict[tuple[int, ...], int] = {}
-    for context in contexts:
-        number.setdefault(tuple(context.tolist()), len(number))
-    prompts = tuple(torch.tensor(ids) for ids in number)
+    if len(contexts_teacher) != len(contexts):
+        raise ValueError(
+            f"expected every prompt as the students and as the teacher read it, got {len(contexts)} contexts of the "
+            f"students' and {len(contexts_teacher)} of the teacher's; give one of each a prompt"
+        )
+    # A template may leave out what the other one reads, so one prompt is what both models read alike.
+    number: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    place = []
+    for mine, theirs in zip(contexts, contexts_teacher, strict=True):
+        pair = (tuple(mine.tolist()), tuple(theirs.tolist()))
+        place.append(number.setdefault(pair, len(number)))
+    prompts = tuple(torch.tensor(mine) for mine, _ in number)
+    prompts_teacher = tuple(torch.tensor(theirs) for _, theirs in number)
     groups: list[list[str]] = [[] for _ in prompts]
     if text is not None:
-        asked = [number[tuple(text.context(i).tolist())] for i in range(rows)]
-        for k, reference in zip(asked, references, strict=True):
+        answers = [place[i] for i in asked]
+        for k, reference in zip(answers, references, strict=True):
             groups[k].append(reference)
-        prompt = torch.tensor(asked)
+        prompt = torch.tensor(answers)
         text = replace(text, prompt=prompt, cluster=prompt if len(prompts) > 1 else torch.arange(rows))
+        text = text.after(_behind(prompts_teacher, text))
     return HeldOut(
         text=text,
         contexts=prompts,
+        contexts_teacher=prompts_teacher,
         references=tuple(map(tuple, groups)),
-        responses=_write(teacher, prompts, samples, max_tokens, derive(seed, "teacher's responses")),
+        responses=_write(teacher, prompts_teacher, samples, max_tokens, derive(seed, "teacher's responses")),
         samples=samples,
         max_tokens=max_tokens,
         seed=seed,
@@ -234,17 +262,20 @@ def examine(teacher: LanguageModel, student: LanguageModel, held: HeldOut, *, st
         VocabularyMismatch: the models do not choose from the same tokens.
     """
     p, q, notes = align(teacher, student)
+    notes = notes if held.note is None else (*notes, held.note)
     embedding = p.embedding()
     # Any function of a token is a fair variate; the teacher's embedding stays the same along a run.
     features: Float[Tensor, "v f"] | None = None if embedding is None else token_features(embedding, FEATURES)
-    given = score(p, q, held.responses, batch_size=BATCH, features=features)
+    read = _behind(held.contexts, held.responses)
+    given = score(p, q, held.responses, contexts_q=read, batch_size=BATCH, features=features)
     written = _write(q, held.contexts, held.samples, held.max_tokens, derive(held.seed, "student's responses"))
-    own = score(q, p, written, batch_size=BATCH, features=features)
-    # The roles are swapped there: own.rows.kl is KL(student‖teacher).
+    # The roles are swapped here: own.rows.kl is KL(student‖teacher), and it is the teacher that reads other contexts.
+    read = _behind(held.contexts_teacher, written)
+    own = score(q, p, written, contexts_q=read, batch_size=BATCH, features=features)
     exposure = exposure_bias(own.rows.reverse_kl, written, given.rows.kl, held.responses, seed=held.seed)
     texts, texts_teacher = held.decode(written), held.decode(held.responses)
     means = {
-        **({} if held.text is None else _text_means(p, q, held.text)),
+        **({} if held.text is None else _text_means(p, q, held.text, _behind(held.contexts, held.text))),
         "own_kl": _per_token(own.rows.reverse_kl, written),
         "own_reverse_kl": _per_token(own.rows.kl, written),
         "given_kl": _per_token(given.rows.kl, held.responses),
@@ -288,10 +319,17 @@ def _write(model: LanguageModel, contexts: Sequence[Tensor], samples: int, max_t
     return Sequences.cat(parts)
 
 
-def _text_means(p: LanguageModel, q: LanguageModel, text: Sequences) -> dict[str, Mean]:
+def _behind(contexts: Sequence[Tensor], x: Sequences) -> list[Tensor]:
+    """The context of each string, of those of the prompts."""
+    return [contexts[k] for k in x.prompt.tolist()]
+
+
+def _text_means(
+    p: LanguageModel, q: LanguageModel, text: Sequences, contexts_student: Sequence[Tensor]
+) -> dict[str, Mean]:
     """Every number that is a mean over the decisions of the held-out text."""
     tally = HeadTally()
-    rows = score(p, q, text, batch_size=BATCH, watch=tally).rows
+    rows = score(p, q, text, contexts_q=contexts_student, batch_size=BATCH, watch=tally).rows
     heads = tally.statistics()
     weight = heads.weight.double()
     adaptive = weighted(weight, rows.kl.double()) + weighted(1 - weight, rows.reverse_kl.double())
