@@ -347,13 +347,15 @@ def test_a_teacher_asked_again_agrees_and_another_does_not(kind, teacher, tmp_pa
     assert not compare(found, load(str(folder("llama", seed=1)))).holds
 
 
-def test_one_weight_that_a_digest_does_not_see_is_found_by_asking_again(teacher, tmp_path):
+def test_one_weight_of_another_value_is_found_by_the_digest_and_by_asking_again(teacher, tmp_path):
     x = strings(40)
     found = build(tmp_path / "c", teacher, x).cache
     other = load(str(folder("llama")))
     with torch.no_grad():
         other.model.lm_head.weight[17, 1] += 0.5
-    assert other.digest == teacher.digest
+    assert other.digest != teacher.digest
+    with pytest.raises(StaleCache, match="other weights"):
+        found.require(teacher=other)
     assert not compare(found, other, count=40).holds
 
 

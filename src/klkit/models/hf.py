@@ -8,7 +8,6 @@ token is predicted from a fresh reading of the whole string instead: slower, and
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from klkit.divergences.linear import Head
 from klkit.models import tokenization
 from klkit.models.base import Vocabulary
+from klkit.models.digest import weights_digest
 from klkit.models.split import SplitNetwork, close
 from klkit.numerics import log_softmax
 from klkit.sequences import Content, Sequences
@@ -139,13 +139,8 @@ class HuggingFaceModel:
 
     @cached_property
     def digest(self) -> str:
-        """What tells these weights from others: a hash over names, shapes and some values of every parameter."""
-        found = hashlib.sha256()
-        for name, value in sorted(self.model.state_dict().items()):
-            flat = value.detach().reshape(-1)
-            some = flat[:: max(1, len(flat) // 64)][:64].float().cpu()
-            found.update(f"{name}{tuple(value.shape)}{some.tolist()}".encode())
-        return found.hexdigest()[:16]
+        """What tells these weights from others: a hash of all their values (:mod:`klkit.models.digest`)."""
+        return weights_digest(self.model.state_dict())
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """Each token as readable text; bytes that are no complete character are escaped."""
