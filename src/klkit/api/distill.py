@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from klkit.api.distill_plan import Distillation, DistillReport, DistillRun
-from klkit.api.distill_prepare import Prepared, prepare, written_by_teacher
+from klkit.api.distill_prepare import Prepared, left_out, prepare, written_by_teacher
 from klkit.api.prepare import versions
 from klkit.api.train import digest
 from klkit.models.align import context_note
@@ -77,7 +77,9 @@ def distill(
     folder = None if out is None else open_folder(Path(out), plan, made, state, resume)
     if recipe.teacher_writes:
         path = None if folder is None else folder.path / TEACHER_TEXT
-        state = replace(state, texts=written_by_teacher(made, recipe, state.contexts, processes, path))
+        texts = written_by_teacher(made, recipe, state.contexts, processes, path)
+        made = replace(made, notes=(*made.notes, *left_out(made, recipe, texts)))
+        state = replace(state, texts=texts)
     if folder is not None and folder.checkpoints():
         state = restore(state, folder.checkpoints()[-1])
     notes = tuple(dict.fromkeys((*made.notes, *state.notes, *contexts_differ(state, held))))

@@ -14,7 +14,7 @@ from torch import Tensor
 from klkit.api.distill_plan import Distillation
 from klkit.api.train import FEWEST_HELD_OUT, HELD_OUT_SHARE, MOST_HELD_OUT, name_base
 from klkit.caches.cache import TeacherCache
-from klkit.divergences.partial import Sampled
+from klkit.divergences.partial import Sampled, TopK
 from klkit.files import write_text
 from klkit.models.base import VocabularyMismatch
 from klkit.models.hf import HuggingFaceModel
@@ -172,7 +172,7 @@ def open_cache(
 
     Raises:
         StaleCache: it is not of this teacher, these examples, or this temperature.
-        ValueError: it is a sample, and the loss needs more than that.
+        ValueError: it holds parts of laws, and the loss needs more than that.
     """
     assert plan.cache is not None
     recipe, cache = plan.recipe, TeacherCache.open(plan.cache)
@@ -190,6 +190,11 @@ def open_cache(
             f"expected forward_kl with a sampled cache, got {loss.spec}: draws give without bias only what is linear "
             f"in the teacher's law; train with --loss forward_kl, or build the cache with --kind top-k or hidden"
         )
+    if kind is TopK and not loss.merging_lowers and loss.head is None:
+        raise ValueError(
+            f"expected an f-divergence or the adaptive KL with a top-k cache, got {loss.spec}: nothing is known of it "
+            f"when tokens are merged; choose another --loss, or build the cache with --kind hidden"
+        )
     own, other = cache.manifest.size, student.vocabulary.size
     size = None if own == other else min(own, other)
     return CachedTeacher(cache, numbers, size, plan.device), size, exactness(kind, loss)
@@ -203,6 +208,9 @@ def written_by_teacher(
     Args:
         contexts: each training prompt as the student reads it.
         path: read where it is complete, else written.
+
+    Raises:
+        ValueError: a teacher with another tokenizer gave empty responses only.
     """
     assert made.teacher is not None
     count = len(made.training) * recipe.strings_a_prompt
@@ -227,17 +235,39 @@ def written_by_teacher(
             processes.by_first(lambda: write_text(path, body))
     prompt = [int(line["example"]) for line in lines]
     if made.foreign:
-        own = [Example(made.training[k].prompt, line["response"]) for k, line in zip(prompt, lines, strict=True)]
-        kept = [i for i, example in enumerate(own) if not example.empty]
-        x = encode_examples(made.learner.model, [own[i] for i in kept], recipe.max_tokens)
-        named = torch.tensor([prompt[i] for i in kept])
-        return replace(x, prompt=named, cluster=named)
+        return _read_anew(made, recipe, [line for line in lines if line["response"].strip()])
     return Sequences.pack(
         [contexts[k] for k in prompt],
         [torch.tensor(line["tokens"]) for line in lines],
         prompt=prompt,
         finished=[bool(line["finished"]) for line in lines],
     )
+
+
+def _read_anew(made: Prepared, recipe: DistillRecipe, lines: Sequence[dict[str, Any]]) -> Sequences:
+    """A foreign teacher's responses in the student's tokens, with an end token where the teacher came to an end."""
+    if not lines:
+        raise ValueError(
+            f"expected responses of the teacher to train on, got {len(made.training) * recipe.strings_a_prompt} that "
+            f"are empty; look at what {made.teacher and made.teacher.name} answers to these prompts"
+        )
+    prompt = [int(line["example"]) for line in lines]
+    own = [Example(made.training[k].prompt, line["response"]) for k, line in zip(prompt, lines, strict=True)]
+    x = encode_examples(made.learner.model, own, recipe.max_tokens)
+    finished = [bool(line["finished"]) and fits for line, fits in zip(lines, x.finished.tolist(), strict=True)]
+    # Encoding ended every response that fits; one that the teacher was cut off in has no end to teach.
+    ended = [fits and not done for fits, done in zip(x.finished.tolist(), finished, strict=True)]
+    completions = [x.completion(i)[: -1 if ended[i] else None] for i in range(len(x))]
+    contexts = [x.context(i) for i in range(len(x))]
+    return Sequences.pack(contexts, completions, prompt=prompt, finished=finished)
+
+
+def left_out(made: Prepared, recipe: DistillRecipe, texts: Sequences) -> tuple[str, ...]:
+    """A note if some of the teacher's responses are not among the texts to train on, being empty."""
+    asked = len(made.training) * recipe.strings_a_prompt
+    if len(texts) == asked:
+        return ()
+    return (f"{asked - len(texts)} of the teacher's {asked} responses are empty, and left out",)
 
 
 def answered(made: Prepared, recipe: DistillRecipe, count: int = 8) -> list[Example]:
@@ -250,7 +280,8 @@ def answered(made: Prepared, recipe: DistillRecipe, count: int = 8) -> list[Exam
         return given
     some = replace(made, training=given[:count])
     asked = [made.learner.model.context(example.prompt) for example in some.training]
-    x = written_by_teacher(some, replace(recipe, objective="token", loss=None, samples=None), asked, Processes())
+    plain = replace(recipe, objective="token", loss=None, cross_entropy=0.0, samples=None)
+    x = written_by_teacher(some, plain, asked, Processes())
     texts = response_texts(made.learner.model, x)
     answers = [Example(given[k].prompt, text) for k, text in zip(x.prompt.tolist(), texts, strict=True)]
     return [example for example in answers if not example.empty] or given
