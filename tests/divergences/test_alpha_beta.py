@@ -74,6 +74,14 @@ def test_excluded_tokens():
         alpha_beta_divergence(p, q, p_power=0.0, q_power=0.0)
 
 
+@pytest.mark.parametrize("power", [float("nan"), float("inf"), -float("inf")])
+def test_powers_that_are_no_numbers_are_refused(power):
+    with pytest.raises(ValueError, match=f"expected two finite powers, got p_power={power} and q_power=0.7; choose"):
+        alpha_beta_divergence(P, Q, p_power=power)
+    with pytest.raises(ValueError, match=f"expected two finite powers, got p_power=0.0 and q_power={power}"):
+        alpha_beta_divergence(P, Q, p_power=0.0, q_power=power)
+
+
 def test_normalised_jensen_shannon_joins_both_directions():
     for weight, expected in ((0.5, 0.326259), (0.0, float(kl(P, Q))), (1.0, float(reverse_kl(P, Q)))):
         assert abs(float(normalised_jensen_shannon(P, Q, p_weight=weight)) - expected) < 1e-6

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,7 +22,7 @@ def alpha_beta_divergence(
     Shapes: ``(*b, v)`` and ``(*b, v)`` to ``(*b)``; half precision is widened, double is kept.
 
     Raises:
-        ValueError: the shapes differ, a row is not normalised, a power is negative, or both are 0.
+        ValueError: the shapes differ, a row is not normalised, a power is negative or not finite, or both are 0.
 
     Example:
         >>> import torch
@@ -32,6 +34,11 @@ def alpha_beta_divergence(
     Source: A. Cichocki, S. Cruces and S. Amari, 2011; G. Wang et al. (ABKD), 2025, arXiv 2505.04560.
     """
     a, b = p_power, q_power
+    if not (math.isfinite(a) and math.isfinite(b)):
+        raise ValueError(
+            f"expected two finite powers, got p_power={a} and q_power={b}; choose them between 0 and about 3, as 0.2 "
+            f"and 0.7"
+        )
     if min(a, b) < 0 or a + b == 0:
         raise ValueError(
             f"expected powers of 0 or more, one of them above, got p_power={a} and q_power={b}; others are infinite "
