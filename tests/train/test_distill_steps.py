@@ -182,7 +182,7 @@ def test_temperature_keeps_the_size_of_gradients_and_leaves_the_cross_entropy_al
     cool, _ = first_gradient(student, teacher, loss="forward_kl")
     warm, _ = first_gradient(student, teacher, loss="forward_kl", temperature=4.0)
     assert 0.2 < float(warm.norm() / cool.norm()) < 5
-    once, _ = first_gradient(student, teacher, loss="forward_kl", temperature=4.0, cross_entropy=1.0)
+    once, _ = first_gradient(student, teacher, loss="forward_kl", temperature=4.0, cross_entropy=1 - 1e-9)
     text, _ = first_gradient(student, None, loss="cross_entropy")
     assert torch.allclose(once, text, rtol=1e-3, atol=1e-5)
 
@@ -383,6 +383,10 @@ def test_what_a_recipe_needs_and_is_not_there(student, teacher):
         ({"objective": "sequence-rkl", "temperature": 2.0}, "got temperature=2, but text comes from the models"),
         ({"objective": "sequence-rkl", "batch": 5}, "a batch of whole prompts, a multiple of 2"),
         ({"loss": "cross_entropy", "on_policy": 0.5}, "got on_policy=0.5 with cross_entropy"),
+        ({"cross_entropy": 1.0}, "below 1 with adaptive_kl, got 1, .* take loss=cross_entropy"),
+        ({"cross_entropy": 1.0, "objective": "sequence-fkl"}, "take loss=cross_entropy"),
+        ({"text": "teacher", "on_policy": 1.0}, "got text=teacher with on_policy=1, where the student writes every"),
+        ({"text": "teacher", "on_policy": 1.0, "samples": 2}, "got text=teacher, samples=2 with on_policy=1, .* them"),
         ({"samples": 2}, "expected samples with text=teacher or objective=sequence-rkl"),
         ({"schedule": "linear"}, "expected schedule among cosine, constant"),
         ({"precision": "float16"}, "expected precision among"),
@@ -391,6 +395,12 @@ def test_what_a_recipe_needs_and_is_not_there(student, teacher):
 def test_recipes_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         DistillRecipe(**options)
+
+
+def test_the_neighbours_of_refused_recipes_are_none():
+    DistillRecipe(loss="cross_entropy", cross_entropy=1.0)
+    DistillRecipe(text="teacher", on_policy=0.9, samples=2)
+    DistillRecipe(objective="sequence-rkl", on_policy=1.0)
 
 
 def test_the_learning_rate_rises_and_falls():

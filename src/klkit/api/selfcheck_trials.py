@@ -304,7 +304,7 @@ class Trial:
         values = _values(theirs).roll(1, 0)
         other = Hidden(values, theirs.head) if isinstance(theirs, Hidden) else Logits(values)
         found = float((self.parts(other, self.student(self.x), self.x) - self.reference).abs().mean())
-        note = "" if found > self.floor else "the loss does not depend on the teacher: is --cross-entropy 1?"
+        note = "" if found > self.floor else "the loss does not depend on the teacher: is --cross-entropy all but 1?"
         return Check("teacher acts", claim, found, self.floor, outcome(found > self.floor), note)
 
     def equal(self) -> Check:

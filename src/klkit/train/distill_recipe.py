@@ -121,6 +121,17 @@ class DistillRecipe:
                 f"expected only options that have an effect on learning, got {idle} with {CROSS_ENTROPY}, which has no "
                 f"teacher's law in it; leave it out, or choose a divergence"
             )
+        if self.cross_entropy == 1 and key != CROSS_ENTROPY:
+            raise ValueError(
+                f"expected a cross_entropy below 1 with {self.divergence}, got 1, which leaves nothing of it and is "
+                f"plain fine-tuning on the text; take loss={CROSS_ENTROPY}, or lower the share"
+            )
+        if self.objective == "token" and self.text == "teacher" and self.on_policy == 1:
+            idle = "text=teacher" if self.samples is None else f"text=teacher, samples={self.samples}"
+            raise ValueError(
+                f"expected only text that is read, got {idle} with on_policy=1, where the student writes every string; "
+                f"leave {'it' if self.samples is None else 'them'} out, or lower on_policy"
+            )
         if self.samples is not None and not self.teacher_writes and self.objective != "sequence-rkl":
             raise ValueError(
                 f"expected samples with text=teacher or objective=sequence-rkl, where strings of one prompt are drawn "
