@@ -260,15 +260,47 @@ def test_what_is_optimised_is_said(tmp_path):
     assert on_policy.value
     assert not on_policy.gradient
     given = build("given", tmp_path, loss="adaptive_kl", cross_entropy=0.5).objective
-    assert given.objective == "mean adaptive_kl of next-token laws along the given texts"
-    assert any(note.startswith("0.5 of the loss is the text's cross-entropy") for note in given.notes)
-    by_teacher = build("given", tmp_path, loss="forward_kl", seq_kd=True).objective
+    assert given.objective == (
+        "0.5 × [mean adaptive_kl of next-token laws along the given texts] + 0.5 × [negative log-likelihood of the "
+        "given texts]"
+    )
+    by_teacher = build("given", tmp_path, loss="forward_kl", seq_kd=True, temperature=1.0).objective
     assert (by_teacher.objective, by_teacher.gradient) == (
         "KL(teacher‖student) between the laws of whole responses",
         True,
     )
+    for found in (on_policy, by_teacher):
+        assert any(note.startswith("divided by the tokens of each batch") for note in found.notes)
     other = build("on-policy", tmp_path, top_p=0.9, temperature=0.8, divergence_temperature=1.0).objective
-    assert other.objective == "mean adaptive_kl along texts of the student drawn with top_p=0.9, temperature=0.8"
+    assert other.objective == (
+        "mean adaptive_kl of next-token laws along texts of the student drawn with top_p=0.9, temperature=0.8"
+    )
+    assert "whole responses" not in other.objective
+    assert not any(note.startswith("divided") for note in other.notes)
+
+
+def test_texts_that_gkd_draws_at_another_temperature_are_no_model_s_law(tmp_path):
+    drawn = "mean {} of next-token laws along texts of the {} drawn with temperature=0.9"
+    by_teacher = build("given", tmp_path, loss="forward_kl", seq_kd=True).objective
+    assert by_teacher.objective == drawn.format("forward_kl", "teacher")
+    assert by_teacher.gradient
+    assert by_teacher.notes == ("texts drawn with temperature=0.9 are not from a model's own law",)
+    own = build("given", tmp_path, loss="reverse_kl", lmbda=1.0).objective
+    assert own.objective == drawn.format("reverse_kl", "student")
+    assert not own.gradient
+    assert any(note.startswith("left out is how") for note in own.notes)
+    options = {"loss": "forward_kl", "lmbda": 0.25, "divergence_temperature": 2.0}
+    mixed = build("given", tmp_path, **options).objective
+    assert mixed.objective == (
+        "0.75 × [mean forward_kl of next-token laws at temperature 2 along the given texts] + 0.25 × [mean forward_kl "
+        "of next-token laws at temperature 2 along texts of the student drawn with temperature=0.9]"
+    )
+    learnt = build("given", tmp_path, loss="forward_kl", seq_kd=True, cross_entropy=0.5).objective
+    likelihood = "negative log-likelihood of texts of the teacher drawn with temperature=0.9"
+    assert learnt.objective == f"0.5 × [{by_teacher.objective}] + 0.5 × [{likelihood}]"
+    assert learnt.notes == by_teacher.notes
+    given = build("given", tmp_path, loss="forward_kl").objective
+    assert given.objective == "mean forward_kl of next-token laws along the given texts"
 
 
 def test_options_without_effect_and_losses_without_a_teacher_are_refused(tmp_path):

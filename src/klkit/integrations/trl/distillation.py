@@ -213,13 +213,7 @@ class GivenTextDistillation(Distillation):
         self.cross_entropy = cross_entropy
         require_gkd_call()
         super().__init__(*args, **kwargs)
-        self.objective = claim(
-            self.loss,
-            "teacher" if self.args.seq_kd else "data",
-            on_policy=float(self.args.lmbda),
-            temperature=self.divergence_temperature,
-            cross_entropy=cross_entropy,
-        )
+        self.objective = mixed_claim(self)
 
     def generalized_jsd_loss(
         self,
@@ -268,16 +262,57 @@ def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 
 def sampled_claim(trainer: Any) -> Claim:
     """What training on the student's responses optimises, drawn as the trainer's configuration says."""
-    found = claim(trainer.loss, "student", temperature=trainer.divergence_temperature)
     options = {**{name: getattr(trainer.args, name, x) for name, x in SAMPLING.items()}}
     options |= trainer.args.generation_kwargs or {}
     changed = [f"{n}={v}" for n, v in options.items() if n in SAMPLING and v not in (SAMPLING[n], None, -1)]
     if trainer.args.temperature != trainer.divergence_temperature:
         changed.append(f"temperature={trainer.args.temperature:g}")
+    found = claim(trainer.loss, "student", temperature=trainer.divergence_temperature, per_token=not changed)
     if not changed:
         return found
-    objective = f"mean {trainer.loss.key} along texts of the student drawn with {', '.join(changed)}"
+    objective = along(trainer, "student", ", ".join(changed))
     return replace(found, objective=objective, notes=(*found.notes, "these texts are not drawn from the student's law"))
+
+
+def mixed_claim(trainer: Any) -> Claim:
+    """What training on given texts, the teacher's, the student's, or a mixture of them optimises.
+
+    Texts are drawn at the configuration's temperature: at another than 1 the law of whole responses is no model's.
+    """
+    args, share = trainer.args, float(trainer.args.lmbda)
+    text = "student" if share == 1 else "teacher" if args.seq_kd else "data"
+    temperature = trainer.divergence_temperature
+    changed = args.temperature != 1 and (text != "data" or share > 0)
+    found = claim(
+        trainer.loss,
+        text,
+        on_policy=share,
+        temperature=temperature,
+        cross_entropy=trainer.cross_entropy,
+        per_token=not changed,
+    )
+    if not changed:
+        return found
+    how, rest = f"temperature={args.temperature:g}", trainer.cross_entropy
+    plain = claim(trainer.loss, text, temperature=temperature)
+    objective = plain.objective if text == "data" else along(trainer, text, how)
+    if 0 < share < 1:
+        objective = f"{1 - share:.4g} × [{objective}] + {share:.4g} × [{along(trainer, 'student', how)}]"
+    if rest:
+        texts = "the given texts" if text == "data" else f"texts of the {text} drawn with {how}"
+        likelihood = f"negative log-likelihood of {texts}"
+        objective = f"{(1 - rest) * temperature**2:.4g} × [{objective}] + {rest:.4g} × [{likelihood}]"
+    # What is said of the likelihood of texts from a model's own law does not hold of others.
+    own = {*claim(token_loss(CROSS_ENTROPY), text).notes, *claim(token_loss("forward_kl"), "teacher").notes}
+    notes = [note for note in found.notes if note not in own]
+    return replace(found, objective=objective, notes=(*notes, f"texts drawn with {how} are not from a model's own law"))
+
+
+def along(trainer: Any, writer: str, how: str) -> str:
+    """The objective on texts of a model that are drawn otherwise than from its law."""
+    temperature = trainer.divergence_temperature
+    laws = "next-token laws" if temperature == 1 else f"next-token laws at temperature {temperature:g}"
+    return f"mean {trainer.loss.key} of {laws} along texts of the {writer} drawn with {how}"
 
 
 def require_default_beta(args: Any, spec: str) -> None:
