@@ -48,14 +48,6 @@ def test_only_what_a_foreign_teacher_finished_is_taught_to_end(tmp_path):
     assert left_out(made, RECIPE, x) == ()
 
 
-def test_a_foreign_teacher_s_answers_that_are_cut_off_by_the_limit_have_no_end():
-    recipe = replace(RECIPE, max_tokens=1)
-    made = prepare(replace(FOREIGN, recipe=recipe), EXAMPLES)
-    x = written_by_teacher(made, recipe, [], Processes())
-    assert not x.finished.any()
-    assert not set(x.targets().tolist()) & set(made.learner.model.vocabulary.ends)
-
-
 def test_empty_answers_of_a_foreign_teacher_are_counted(tmp_path):
     out = tmp_path / "run"
     distill(FOREIGN, examples=EXAMPLES, out=out)

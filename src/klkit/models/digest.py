@@ -64,8 +64,8 @@ def _chunks(tensor: Tensor) -> list[Tensor]:
     """The bytes of a tensor in parts; none of a tensor without data."""
     if tensor.is_meta or not tensor.numel():
         return []
-    return list(tensor.reshape(-1).view(torch.uint8).split(CHUNK))
+    return list(torch.split(tensor.reshape(-1).view(torch.uint8), CHUNK))
 
 
 def _hashed(part: Tensor) -> bytes:
-    return hashlib.blake2b(part.cpu().numpy(), digest_size=32).digest()
+    return hashlib.blake2b(part.cpu().numpy().data, digest_size=32).digest()
