@@ -62,6 +62,7 @@ def test_top_p_keeps_the_smallest_set_of_enough_mass() -> None:
     assert_row(top_p(one(law), 1.0), law)
     assert_row(top_p(one(law), 1e-9), [0, 1, 0, 0])
     assert_row(top_p(one([0.25, 0.25, 0.25, 0.25]), 0.5), [0.5, 0.5, 0, 0])
+    assert_row(top_p(one([w / 14 for w in (1, 3, 3, 3, 4)]), 0.5), [0, 3 / 7, 0, 0, 4 / 7])
 
 
 @settings(max_examples=60, deadline=None)

@@ -202,7 +202,9 @@ def top_p(model: LanguageModel, p: float) -> Transformed:
     def rows(logp: Tensor) -> Tensor:
         ordered, ids = logp.sort(dim=-1, descending=True, stable=True)
         mass = ordered.double().exp()
-        keep = torch.zeros_like(logp, dtype=torch.bool).scatter_(-1, ids, mass.cumsum(-1) - mass < p)
+        # Sums of rounded probabilities miss round numbers by a little.
+        slack = min(1e-12 if logp.dtype == torch.float64 else 1e-6, p / 2)
+        keep = torch.zeros_like(logp, dtype=torch.bool).scatter_(-1, ids, mass.cumsum(-1) - mass < p - slack)
         return log_softmax(logp.masked_fill(~keep, -torch.inf))
 
     return (
