@@ -203,6 +203,7 @@ def test_another_tokenizer_is_refused(cache, teacher):
 
 def test_padding_rows_do_not_make_another_tokenizer(cache):
     wide = load(str(folder("llama", vocab_size=512)))
+    assert wide.vocabulary.size > cache.manifest.size
     cache.require(vocabulary=wide.vocabulary)
 
 
