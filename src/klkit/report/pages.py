@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from klkit.report import html
+
 WIDTH = 80
 
 
@@ -107,15 +109,6 @@ def _as_text(block: Block) -> str:
 
 def page(title: str, blocks: Sequence[Block]) -> str:
     """The blocks as one page that needs nothing else."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("klkit", "report/templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     shown = [
         {
             "kind": "Text" if isinstance(block, str) else type(block).__name__,
@@ -124,4 +117,4 @@ def page(title: str, blocks: Sequence[Block]) -> str:
         }
         for block in blocks
     ]
-    return environment.get_template("study.html").render(title=title, blocks=shown)
+    return html.page("study.html", title=title, blocks=shown)
