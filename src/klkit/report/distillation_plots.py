@@ -44,18 +44,14 @@ def evaluated_figure(evaluations: Sequence[Line], curves: Sequence[Curve], label
 def loss_figure(metrics: Sequence[Line]) -> str:
     """The loss of every step."""
     with _figure(*HALF) as canvas:
-        _stepwise(canvas.axes, metrics, [("loss", "", BLUE)])
-        canvas.axes.set_ylabel("loss")
-        canvas.axes.set_ylim(bottom=0)
+        _stepwise(canvas.axes, metrics, "loss", "loss")
         return canvas.svg()
 
 
 def rate_figure(metrics: Sequence[Line]) -> str:
     """The learning rate of every step."""
     with _figure(*HALF) as canvas:
-        _stepwise(canvas.axes, metrics, [("learning_rate", "", BLUE)])
-        canvas.axes.set_ylabel("learning rate")
-        canvas.axes.set_ylim(bottom=0)
+        _stepwise(canvas.axes, metrics, "learning_rate", "learning rate")
         canvas.axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
         return canvas.svg()
 
@@ -75,13 +71,14 @@ def _evaluated(axes: Axes, evaluations: Sequence[Line], curves: Sequence[Curve])
     axes.legend(frameon=False, fontsize=8)
 
 
-def _stepwise(axes: Axes, metrics: Sequence[Line], curves: Sequence[Curve]) -> None:
+def _stepwise(axes: Axes, metrics: Sequence[Line], name: str, label: str) -> None:
     size = math.ceil(len(metrics) / POINTS)
-    for name, _, colour in curves:
-        values = [[float(line[key]) for line in metrics] for key in ("step", name)]
-        steps, numbers = ([float(np.mean(v[i : i + size])) for i in range(0, len(v), size)] for v in values)
-        axes.plot(steps, numbers, color=colour, lw=1)
+    values = [[float(line[key]) for line in metrics] for key in ("step", name)]
+    steps, numbers = ([float(np.mean(v[i : i + size])) for i in range(0, len(v), size)] for v in values)
+    axes.plot(steps, numbers, color=BLUE, lw=1)
     _by_step(axes)
+    axes.set_ylabel(label)
+    axes.set_ylim(bottom=0)
 
 
 def _by_step(axes: Axes) -> None:
