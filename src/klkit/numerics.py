@@ -178,6 +178,11 @@ def require_mass(total: Float[Tensor, "*b"], name: str) -> None:
         )
 
 
+def mass_slack(dtype: torch.dtype) -> float:
+    """By how much a sum of rounded probabilities may miss a round number."""
+    return 1e-12 if dtype == torch.float64 else 1e-6
+
+
 def floored(logp: Float[Tensor, "*b v"]) -> Float[Tensor, "*b v"]:
     """``logp`` with ``-inf`` replaced by ``FLOOR``, through which no gradient passes.
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from klkit.divergences.kl import nonnegative_kl
-from klkit.numerics import by_rows, paired
+from klkit.numerics import by_rows, mass_slack, paired
 
 HEADS = ("cover", "inside")
 WIDTHS = (64, 1024, 16384)
@@ -160,6 +160,16 @@ def head_gap(
     return found
 
 
+def within(
+    likely: Float[Tensor, "m _k"], rule: HeadRule, slack: float
+) -> tuple[Float[Tensor, "m _k"], Bool[Tensor, "m _k"]]:
+    """Mass of each probability and those before it, and whether it is in the head; the likeliest come first."""
+    reached = likely.cumsum(-1)
+    inside = reached - likely < rule.mass - slack if rule.rule == "cover" else reached <= rule.mass + slack
+    inside[:, :1] = True
+    return reached, inside
+
+
 def _gap_of_likeliest(order: Tensor, p: Tensor, gap: Tensor, width: int, rule: HeadRule) -> tuple[Tensor, Tensor]:
     """``Σ gap`` over the head, if it is among the ``width`` likeliest tokens, and the rows in which that is certain."""
     whole = width == p.shape[1]
@@ -170,12 +180,7 @@ def _gap_of_likeliest(order: Tensor, p: Tensor, gap: Tensor, width: int, rule: H
         token = _likeliest(order, width).sort(dim=-1).values
         value, place = order.gather(-1, token).sort(dim=-1, descending=True, stable=True)
         token = token.gather(-1, place)
-    likely = p.gather(-1, token).double()
-    reached = likely.cumsum(-1)
-    # Sums of rounded probabilities miss round numbers by a little.
-    slack = 1e-12 if p.dtype == torch.float64 else 1e-6
-    inside = reached - likely < rule.mass - slack if rule.rule == "cover" else reached <= rule.mass + slack
-    inside[:, 0] = True
+    _, inside = within(p.gather(-1, token).double(), rule, mass_slack(p.dtype))
     last = value.gather(-1, inside.sum(-1, keepdim=True) - 1)[:, 0]
     # Tokens as likely as the least likely of these may have been left out.
     return (gap.gather(-1, token) * inside).sum(-1), (last > value[:, -1]) | whole

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from klkit.divergences.adaptive import HeadRule, within
 from klkit.divergences.linear import Head
-from klkit.numerics import log1mexp
+from klkit.numerics import log1mexp, mass_slack
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -196,10 +197,8 @@ def head_bracket(
     p, q = logp.double().exp(), logq.double().exp()
     gap = (p - q).abs()
     likely, place = p[:, :-1].sort(dim=-1, descending=True, stable=True)
-    reached = likely.cumsum(-1)
-    slack = 1e-12 if logp.dtype == torch.float64 else 1e-6
-    inside = reached - likely < mass - slack if head == "cover" else reached <= mass + slack
-    inside[:, :1] = True
+    slack = mass_slack(logp.dtype)
+    reached, inside = within(likely, HeadRule(mass, head), slack)
     known = reached[:, -1]
     # Where one more token may be inside, the next one has to be known too.
     covered = (known >= mass - slack if head == "cover" else known > mass + slack) | (p[:, -1] == 0)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from klkit.divergences.adaptive import head_weight
-from klkit.numerics import log_softmax
+from klkit.numerics import log_softmax, mass_slack
 
 MASS = 0.5
 FAR = 1e-4
@@ -60,7 +60,6 @@ def head_statistics(logits_p: Float[Tensor, "m v"], logits_q: Float[Tensor, "m v
     p, q = logp.exp(), logq.exp()
     gap = (p - q).abs().sum(-1)
     far = logp < math.log(FAR)
-    slack = 1e-12 if p.dtype == torch.float64 else 1e-6  # as the rule of the head itself has it
     head_gap = torch.where(gap > 0, weight * gap, 0.0)
     return HeadStatistics(
         head_gap=head_gap,
@@ -68,7 +67,7 @@ def head_statistics(logits_p: Float[Tensor, "m v"], logits_q: Float[Tensor, "m v
         weight=weight,
         far_p=torch.where(far, p, 0.0).sum(-1),
         far_q=torch.where(far, q, 0.0).sum(-1),
-        single=p.amax(-1) >= MASS - slack,
+        single=p.amax(-1) >= MASS - mass_slack(p.dtype),
     )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from klkit.divergences.linear import Head
 from klkit.models.automaton import Automaton
 from klkit.models.base import LanguageModel, NotTractable, Vocabulary, head_of
-from klkit.numerics import log_softmax
+from klkit.numerics import log_softmax, mass_slack
 from klkit.sequences import Content, Sequences
 
 Rows = Callable[[Tensor], Tensor]
@@ -202,8 +202,7 @@ def top_p(model: LanguageModel, p: float) -> Transformed:
     def rows(logp: Tensor) -> Tensor:
         ordered, ids = logp.sort(dim=-1, descending=True, stable=True)
         mass = ordered.double().exp()
-        # Sums of rounded probabilities miss round numbers by a little.
-        slack = min(1e-12 if logp.dtype == torch.float64 else 1e-6, p / 2)
+        slack = min(mass_slack(logp.dtype), p / 2)
         keep = torch.zeros_like(logp, dtype=torch.bool).scatter_(-1, ids, mass.cumsum(-1) - mass < p - slack)
         return log_softmax(logp.masked_fill(~keep, -torch.inf))
 
