@@ -27,7 +27,7 @@ from klkit.zoo.instruction_words import (
     OPPOSITES,
     STORY,
 )
-from klkit.zoo.tokenizer import END
+from klkit.zoo.tokenizer import END, finished
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -196,22 +196,11 @@ def tokenizer(*, window: int = 64) -> PreTrainedTokenizerFast:
         >>> tokenizer().decode(tokenizer()("opposite of hot :").input_ids)
         '<|end|> opposite of hot :'
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate((END, *vocabulary()))}))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(
-        single=f"{END} $A", pair=f"{END} $A $B", special_tokens=[(END, 0)]
-    )
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=words,
-        bos_token=END,
-        eos_token=END,
-        pad_token=END,
-        model_max_length=window,
-        clean_up_tokenization_spaces=False,
-    )
+    return finished(words, window)
 
 
 @cache

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 END = "<|end|>"
@@ -26,8 +27,7 @@ def train(texts: Iterable[str], size: int, *, window: int, chat_template: str | 
         >>> tokenizer.decode(tokenizer("to be").input_ids)
         '<|end|>to be'
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if size < 257:
         raise ValueError(f"expected room for 256 bytes and the end token, got size={size}; pass at least 257")
@@ -43,6 +43,14 @@ def train(texts: Iterable[str], size: int, *, window: int, chat_template: str | 
             show_progress=False,
         ),
     )
+    return finished(tokenizer, window, chat_template=chat_template)
+
+
+def finished(tokenizer: Tokenizer, window: int, **options: str | None) -> PreTrainedTokenizerFast:
+    """The tokenizer as a hub model's, which puts the end token in front and has it for every special role."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{END} $A", pair=f"{END} $A $B", special_tokens=[(END, tokenizer.token_to_id(END))]
     )
@@ -53,5 +61,5 @@ def train(texts: Iterable[str], size: int, *, window: int, chat_template: str | 
         pad_token=END,
         model_max_length=window,
         clean_up_tokenization_spaces=False,
-        chat_template=chat_template,
+        **options,
     )
