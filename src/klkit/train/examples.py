@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from klkit.sequences import Content, Message, Sequences
-from klkit.train.records import records, resolve
+from klkit.train.records import SUFFIXES, records, resolve
 
 if TYPE_CHECKING:
     from klkit.models.hf import HuggingFaceModel
@@ -56,7 +56,7 @@ def read_examples(source: str | Path, *, prompt: str = "prompt", response: str =
         FileNotFoundError: no such file.
     """
     path = resolve(str(source))
-    plain = path.suffix.lower() not in (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+    plain = path.suffix.lower() not in SUFFIXES[1:]
     found = [
         Example(None, record[TEXT]) if plain else _example(record, prompt, response, path, number)
         for number, record in records(path, TEXT)
