@@ -23,10 +23,10 @@ from klkit.models.align import align, context_note
 from klkit.models.base import LanguageModel
 from klkit.results import Estimate, plain
 from klkit.rng import derive
-from klkit.sampling.ancestral import sample
 from klkit.sequences import Sequences
 from klkit.stats.intervals import cluster_totals, ratio_interval, ratio_stderr
 from klkit.stats.overlap import distinct_n, rouge_l, self_rouge_l, words
+from klkit.train.texts import draw_named
 
 if TYPE_CHECKING:
     from klkit.models.hf import HuggingFaceModel
@@ -303,20 +303,8 @@ def examine(teacher: LanguageModel, student: LanguageModel, held: HeldOut, *, st
 def _write(model: LanguageModel, contexts: Sequence[Tensor], samples: int, max_tokens: int, seed: int) -> Sequences:
     """``samples`` responses of ``model`` after each context."""
     names = [(k, r) for k in range(len(contexts)) for r in range(samples)]
-    parts = []
-    for at in range(0, len(names), BATCH):
-        some = names[at : at + BATCH]
-        drawn = sample(
-            model,
-            [contexts[k] for k, _ in some],
-            max_tokens=max_tokens,
-            seed=seed,
-            prompt=[k for k, _ in some],
-            replicate=[r for _, r in some],
-            cluster=[k if len(contexts) > 1 else r for k, r in some],
-        )
-        parts.append(drawn.sequences)
-    return Sequences.cat(parts)
+    cluster = [k if len(contexts) > 1 else r for k, r in names]
+    return Sequences.cat(draw_named(model, contexts, names, max_tokens=max_tokens, seed=seed, cluster=cluster))
 
 
 def _behind(contexts: Sequence[Tensor], x: Sequences) -> list[Tensor]:

@@ -41,19 +41,38 @@ def teacher_text(
     law = within(teacher, size)
     names = [(i, r) for i in range(len(contexts)) for r in range(recipe.strings_a_prompt)]
     own = [names[i] for i in processes.share(len(names))]
+    parts = draw_named(law, contexts, own, max_tokens=recipe.max_tokens, seed=derive(recipe.seed, "teacher text"))
+    return Sequences.cat([x for process in processes.gather(parts) for x in process])
+
+
+def draw_named(
+    model: LanguageModel,
+    contexts: Sequence[Int[Tensor, " _c"]],
+    names: Sequence[tuple[int, int]],
+    *,
+    max_tokens: int,
+    seed: int,
+    cluster: Sequence[int] | None = None,
+) -> list[Sequences]:
+    """One string for each name, a context's index and the string's number there, in batches.
+
+    Args:
+        cluster: of each string; by default its context.
+    """
     parts = []
-    for at in range(0, len(own), GENERATION_BATCH):
-        some = own[at : at + GENERATION_BATCH]
+    for at in range(0, len(names), GENERATION_BATCH):
+        some = slice(at, at + GENERATION_BATCH)
         drawn = sample(
-            law,
-            [contexts[i] for i, _ in some],
-            max_tokens=recipe.max_tokens,
-            seed=derive(recipe.seed, "teacher text"),
-            prompt=[i for i, _ in some],
-            replicate=[r for _, r in some],
+            model,
+            [contexts[i] for i, _ in names[some]],
+            max_tokens=max_tokens,
+            seed=seed,
+            prompt=[i for i, _ in names[some]],
+            replicate=[r for _, r in names[some]],
+            cluster=None if cluster is None else cluster[some],
         )
         parts.append(drawn.sequences)
-    return Sequences.cat([x for process in processes.gather(parts) for x in process])
+    return parts
 
 
 def within(model: LanguageModel, size: int | None) -> LanguageModel:
