@@ -17,7 +17,7 @@ from klkit.models.align import context_note
 from klkit.objectives.distill_labels import Claim
 from klkit.report.distillation import write_distillation_report
 from klkit.sequences import Sequences
-from klkit.train.checkpoints import restore, save_checkpoint
+from klkit.train.checkpoints import restore, save_checkpoint, write_model
 from klkit.train.distill import DistillMetrics, DistillState, start, step
 from klkit.train.distill_evaluate import DistillEvaluation, HeldOut, examine, held_out
 from klkit.train.examples import Example
@@ -140,14 +140,10 @@ def open_folder(path: Path, plan: Distillation, made: Prepared, state: DistillSt
 
 def save_student(learner: Learner, path: Path) -> None:
     """Write the student, or its adapter, in Hugging Face format: whole or not at all."""
-    from klkit.models.checkpoints import quiet
-
     beside = path.with_name(path.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        with quiet():
-            learner.saved.save_pretrained(beside)
-            learner.model.tokenizer.save_pretrained(beside)
+        write_model(learner, beside)
         shutil.rmtree(path, ignore_errors=True)
         beside.rename(path)
     finally:

@@ -71,16 +71,12 @@ def save_checkpoint(state: Resumable, folder: Path, *, keep: int = 0) -> Path:
     Raises:
         OSError: the disk refuses; earlier checkpoints are as they were.
     """
-    from klkit.models.checkpoints import quiet
-
     path = folder / f"step-{state.step:06d}"
     beside = path.with_name(path.name + PART)
     shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
-        with quiet():
-            state.learner.saved.save_pretrained(beside)
-            state.learner.model.tokenizer.save_pretrained(beside)
+        write_model(state.learner, beside)
         moments = state.optimizer.state_dict()["state"]
         tensors = {f"{i}.{name}": value for i, own in moments.items() for name, value in own.items()}
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, beside / OPTIMIZER)
@@ -93,6 +89,15 @@ def save_checkpoint(state: Resumable, folder: Path, *, keep: int = 0) -> Path:
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     return path
+
+
+def write_model(learner: Learner, folder: Path) -> None:
+    """Write a learner's network, or its adapter, and its tokenizer, in Hugging Face format."""
+    from klkit.models.checkpoints import quiet
+
+    with quiet():
+        learner.saved.save_pretrained(folder)
+        learner.model.tokenizer.save_pretrained(folder)
 
 
 def restore(state: AnyState, path: Path) -> AnyState:
