@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 @contextmanager
 def ended_well(folder: Path, line: Line, close: Callable[[], None]) -> Iterator[None]:
     """Close line and trackers after a run, and exit with what is kept of it where it was stopped."""
+    from klkit.train.checkpoints import checkpoints
+    from klkit.train.folder import CHECKPOINTS
     from klkit.train.rl import TrainingStopped
 
     try:
         yield
     except (KeyboardInterrupt, TrainingStopped) as error:
         line.close()
-        checkpoints = sorted((folder / "checkpoints").glob("step-*"))
-        kept = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there was no checkpoint yet"
+        whole = checkpoints(folder / CHECKPOINTS)
+        kept = f"the last checkpoint is {whole[-1]}" if whole else "there was no checkpoint yet"
         if isinstance(error, TrainingStopped):
             print(f"klkit: training stopped: {error}; {kept}", file=sys.stderr)
             sys.exit(AUDIT_FAILED)
