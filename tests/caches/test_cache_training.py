@@ -52,6 +52,15 @@ def cached(path, teacher, recording=None, examples=EXAMPLES):
     ).cache
 
 
+def test_the_output_head_of_a_cache_moves_to_the_device_once(teacher, tmp_path):
+    cache = cached(tmp_path / "c", teacher)
+    rows, x = CachedTeacher(cache, range(5), 50, device="meta"), encode_examples(teacher, EXAMPLES, 8)
+    first, second = (rows(x.select([i]), [i]) for i in (0, 1))
+    assert first.hidden.device.type == first.head.weight.device.type == "meta"
+    assert first.head is second.head
+    assert first.head.tokens == 50
+
+
 def test_training_from_a_cache_of_hidden_states_is_training_with_the_teacher(teacher, student, tmp_path):
     cache = cached(tmp_path / "c", teacher)
     online, offline = losses(student, teacher), losses(student, CachedTeacher(cache, range(5)))

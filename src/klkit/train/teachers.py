@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from klkit.caches.cache import TeacherCache
-from klkit.divergences.partial import Hidden, Logits
+from klkit.divergences.linear import Head
+from klkit.divergences.partial import Hidden, Logits, Sampled, TopK
 from klkit.models.base import Vocabulary, VocabularyMismatch, head_of
 from klkit.objectives.distill import Student
 from klkit.objectives.distill_losses import CROSS_ENTROPY, token_loss
@@ -81,6 +82,7 @@ class CachedTeacher:
     numbers: Sequence[int]
     size: int | None = None
     device: str = "cpu"
+    _head: list[Head] = field(default_factory=list, init=False, repr=False)
 
     def __call__(self, x: Sequences, indices: Sequence[int]) -> Teacher:
         """The laws at every decision of ``x``, which belong to the examples ``indices``.
@@ -89,17 +91,20 @@ class CachedTeacher:
             StaleCache: a string is another one than the cache was built from.
         """
         found = self.cache.rows([self.numbers[i] for i in indices], x, size=self.size)
+        if isinstance(found, Hidden):
+            if not self._head:  # the same for every string, and as large as a vocabulary: it moves once
+                self._head.append(head_on(found.head, self.device))
+            return Hidden(found.hidden.to(self.device), self._head[0])
         return moved(found, self.device)
 
 
-def moved(laws: Teacher, device: str) -> Teacher:
-    """The same laws on a device."""
-    if device == "cpu":
-        return laws
-    if isinstance(laws, Hidden):
-        head = laws.head
-        bias = None if head.bias is None else head.bias.to(device)
-        return Hidden(laws.hidden.to(device), replace(head, weight=head.weight.to(device), bias=bias))
+def head_on(head: Head, device: str) -> Head:
+    """The same head on a device."""
+    return replace(head, weight=head.weight.to(device), bias=None if head.bias is None else head.bias.to(device))
+
+
+def moved(laws: TopK | Sampled, device: str) -> TopK | Sampled:
+    """The same parts of laws on a device."""
     changed: dict[str, Any] = {
         f.name: value.to(device) for f in fields(laws) if isinstance(value := getattr(laws, f.name), Tensor)
     }
