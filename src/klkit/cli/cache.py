@@ -129,11 +129,8 @@ def size_line(size: CacheSize) -> str:
 
 def show_cache(found: Inspection) -> None:
     """Print what a cache is, within 80 columns."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     from klkit.caches.sizes import readable
+    from klkit.cli.show import show_facts
 
     manifest = found.cache.manifest
     teacher, data = manifest.teacher, manifest.data
@@ -161,12 +158,5 @@ def show_cache(found: Inspection) -> None:
         )
     if found.problem is not None:
         facts.append(("STALE", found.problem))
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(justify="right", style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, text in facts:
-        grid.add_row(name, escape(text), style="red" if name == "STALE" or text.startswith("FAILED") else "")
-    console = Console(highlight=False)
-    console.print()
-    console.print(grid)
-    console.print()
+    print()
+    show_facts(facts, red={name for name, text in facts if name == "STALE" or text.startswith("FAILED")})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -191,6 +191,7 @@ def carry_out_check(plan: Distillation) -> None:
 
     from klkit.api.distill_prepare import answered, prepare
     from klkit.api.selfcheck import selfcheck
+    from klkit.cli.show import show_facts
     from klkit.train.teachers import CachedTeacher
 
     made = prepare(plan)
@@ -205,7 +206,7 @@ def carry_out_check(plan: Distillation) -> None:
         table.add_row(*map(escape, row.values()))
     console.print(table)
     console.print()
-    _grid([("note", note) for note in (*found.notes(), *made.notes)])
+    show_facts([("note", note) for note in (*found.notes(), *made.notes)])
     failed = sum(check.outcome == "failed" for check in found.checks)
     words = f"{failed} of {len(found.checks)} checks failed" if failed else f"All {len(found.checks)} checks hold"
     console.print(f"{words}.", style="bold")
@@ -215,6 +216,7 @@ def carry_out_check(plan: Distillation) -> None:
 
 def announce(plan: Distillation, claim: Claim, notes: tuple[str, ...]) -> None:
     """Print what is optimised before anything is, within 80 columns."""
+    from klkit.cli.show import show_facts
     from klkit.objectives.distill_losses import token_loss
 
     recipe, facts = plan.recipe, []
@@ -227,7 +229,7 @@ def announce(plan: Distillation, claim: Claim, notes: tuple[str, ...]) -> None:
     facts.append(("optimises", claim.objective))
     facts.append(("gradient", "that quantity's, unbiased" if claim.gradient else "NOT that quantity's"))
     facts += [("note", note) for note in (*claim.notes, *notes)]
-    _grid(facts)
+    show_facts(facts)
 
 
 def progress(report: DistillReport) -> str:
@@ -243,7 +245,7 @@ def show_run(run: DistillRun, folder: Path, save: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from klkit.cli.show import number
+    from klkit.cli.show import number, show_facts
 
     console = Console(highlight=False)
     console.print()
@@ -273,19 +275,4 @@ def show_run(run: DistillRun, folder: Path, save: Path | None) -> None:
     else:
         console.print(f"After {run.state.step} steps.", style="bold")
     saved = "metrics.jsonl" + (", evaluations.jsonl, report.html" if run.evaluations else "")
-    _grid([("student", run.student if save is None else save), ("saved", f"{folder} ({saved})")])
-
-
-def _grid(facts: list[tuple[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(justify="right", style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, value in facts:
-        grid.add_row(name, escape(str(value)))
-    console = Console(highlight=False)
-    console.print(grid)
-    console.print()
+    show_facts([("student", run.student if save is None else save), ("saved", f"{folder} ({saved})")])

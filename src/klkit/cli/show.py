@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,3 +97,19 @@ def show_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], console
     for row in rows:
         table.add_row(*(escape(str(row[column])) for column in columns))
     console.print(table)
+
+
+def show_facts(facts: Iterable[tuple[str, object]], red: Container[str] = ()) -> None:
+    """Print names and what there is to say of each, and a blank line.
+
+    Args:
+        red: names that are bad news.
+    """
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(justify="right", style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in facts:
+        grid.add_row(name, escape(str(value)), style="red" if name in red else "")
+    console = Console(highlight=False)
+    console.print(grid)
+    console.print()

@@ -159,10 +159,9 @@ def progress(report: Report) -> str:
 def show_trained(trained: Trained, training: Training, folder: Path) -> None:
     """Print what came of a run, within 80 columns."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
-    from klkit.cli.show import number
+    from klkit.cli.show import number, show_facts
     from klkit.train.penalties import PENALTIES
 
     console = Console(highlight=False)
@@ -193,10 +192,4 @@ def show_trained(trained: Trained, training: Training, folder: Path) -> None:
         ("model", f"{trained.checkpoint}"),
         ("saved", f"{folder} (metrics.jsonl, evaluations.jsonl, reward_kl.png)"),
     ]
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(justify="right", style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, text in facts:
-        grid.add_row(name, escape(str(text)))
-    console.print(grid)
-    console.print()
+    show_facts(facts)
