@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from klkit.cli.progress import PLAIN_EVERY, clock
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+AnyStudy = TypeVar("AnyStudy", bound="DataclassInstance")
 
 reproduce_app = typer.Typer(
     help="Reproduce a paper's experiment: estimators, gradient, rlhf, toy or distill.",
@@ -71,14 +77,11 @@ def gradient_command(
     out: Out = Path("klkit-reproduce-gradient"),
 ) -> None:
     """Variance of each estimator of the KL gradient along a training run; minutes on two cores."""
-    from dataclasses import replace
-
     from klkit.api.jobs import cores
     from klkit.api.reproduce_gradient import SMOKE, GradientStudy, reproduce_gradient
     from klkit.api.reproduce_report import save_gradient
 
-    given: dict[str, Any] = {"prompts": prompts, "rollouts": rollouts, "seed": seed}
-    study = replace(SMOKE if smoke else GradientStudy(), **{k: v for k, v in given.items() if v is not None})
+    study = changed(SMOKE if smoke else GradientStudy(), prompts=prompts, rollouts=rollouts, seed=seed)
     with Countdown("checkpoints") as countdown:
         rows = reproduce_gradient(study, out, workers=workers or cores(), observe=countdown.observe)
     typer.echo(save_gradient(study, rows, out))
@@ -94,15 +97,12 @@ def rlhf_command(
     out: Out = Path("klkit-reproduce-rlhf"),
 ) -> None:
     """Sentiment control with every KL penalty: scatter between runs, Pareto frontiers, tests; minutes on two cores."""
-    from dataclasses import replace
-
     from klkit.api.jobs import cores
     from klkit.api.reproduce_report import save_rlhf
     from klkit.api.reproduce_rlhf import SMOKE, Study, held_out_prompts, reproduce_rlhf
     from klkit.api.tradeoff import analyse, exact_frontier
 
-    given: dict[str, Any] = {"steps": steps, "seeds": seeds}
-    study = replace(SMOKE if smoke else Study(), **{k: v for k, v in given.items() if v is not None})
+    study = changed(SMOKE if smoke else Study(), steps=steps, seeds=seeds)
     exact = exact_frontier(study, held_out_prompts(study))
     with Countdown("runs") as countdown:
         points = reproduce_rlhf(study, out, workers=workers or cores(), observe=countdown.observe)
@@ -118,13 +118,10 @@ def toy_command(
     out: Annotated[Path, typer.Option(help="Folder for the page, tables and figures.")] = Path("klkit-reproduce-toy"),
 ) -> None:
     """Figures 2 and 3 of arXiv 2404.02657: which KL fits the head first and which the tail; a minute."""
-    from dataclasses import replace
-
     from klkit.api.reproduce_toy import SMOKE, ToyStudy, reproduce_toy
     from klkit.api.reproduce_toy_report import save_toy
 
-    given: dict[str, Any] = {"draws": draws, "seed": seed}
-    study = replace(SMOKE if smoke else ToyStudy(), **{k: v for k, v in given.items() if v is not None})
+    study = changed(SMOKE if smoke else ToyStudy(), draws=draws, seed=seed)
     typer.echo(save_toy(reproduce_toy(study), out))
     typer.echo(f"saved in {out}")
 
@@ -138,18 +135,21 @@ def distill_command(
     out: Out = Path("klkit-reproduce-distill"),
 ) -> None:
     """Students distilled with every divergence, compared seed by seed; about 20 minutes on two cores."""
-    from dataclasses import replace
-
     from klkit.api.jobs import cores
     from klkit.api.reproduce_distill import SMOKE, DistillStudy, reproduce_distill
     from klkit.api.reproduce_distill_report import save_distillation
 
-    given: dict[str, Any] = {"seeds": seeds, "steps": steps}
-    study = replace(SMOKE if smoke else DistillStudy(), **{k: v for k, v in given.items() if v is not None})
+    study = changed(SMOKE if smoke else DistillStudy(), seeds=seeds, steps=steps)
     with Countdown("students") as countdown:
         found = reproduce_distill(study, out, workers=workers or cores(), observe=countdown.observe)
     typer.echo(save_distillation(found, out))
     typer.echo(f"saved in {out}")
+
+
+def changed(study: AnyStudy, **options: int | None) -> AnyStudy:
+    """The study with the options that were given; those that are None stay as they are."""
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    return replace(study, **given)
 
 
 class Countdown:
