@@ -11,10 +11,10 @@ import numpy as np
 
 from klkit.api.reproduce_distill import ARMS, TIERS, Distillation
 from klkit.api.reproduce_distill_train import SEQUENCE_REVERSE_KL
-from klkit.api.reproduce_report import csv_text, write_files
+from klkit.api.reproduce_report import csv_text, write_pages
 from klkit.objectives.distill_labels import claim
 from klkit.objectives.distill_losses import token_loss
-from klkit.report.pages import Block, Heading, Items, Picture, Table, page, plain_text
+from klkit.report.pages import Block, Heading, Items, Picture, Table
 from klkit.report.reproductions import curves_figure, points_figure
 from klkit.results import plain
 from klkit.stats.paired import PairedDifference, Verdict, holm, paired_difference, verdicts
@@ -327,7 +327,6 @@ def save_distillation(found: Distillation, out: Path) -> str:
         ValueError: ``out`` cannot be written.
     """
     blocks = distill_blocks(found)
-    text = plain_text(blocks) + "\n"
     compared = [c for tier in TIERS for c in comparisons(found, tier)]
     checks = [
         {"tier": x.tier, "arm": x.arm, "seed": x.seed, **point} for x in found.students for point in x.curve
@@ -349,13 +348,10 @@ def save_distillation(found: Distillation, out: Path) -> str:
         "comparisons": flat,
         "students": [asdict(x) for x in found.students],
     }
-    files: dict[str, str | bytes] = {
-        "distill.txt": text,
-        "distill.html": page(TITLE, blocks),
+    files = {
         "distill.json": json.dumps(plain(record), indent=1),
         "curves.csv": csv_text(checks),
         "finals.csv": csv_text(finals),
         "comparisons.csv": csv_text(flat),
     }
-    write_files(files | {block.name: block.png for block in blocks if isinstance(block, Picture)}, out)
-    return text
+    return write_pages("distill", TITLE, blocks, files, out)

@@ -17,6 +17,7 @@ from klkit.api.reproduce_gradient import BIASED, FORMULAS, PUBLISHED, GradientSt
 from klkit.api.reproduce_rlhf import Point
 from klkit.api.tradeoff import ROOM, Comparison, ExactFrontier, Findings
 from klkit.files import write_text
+from klkit.report.pages import Block, Picture, page, plain_text
 from klkit.report.reproductions import frontier_figure, ratios_figure, scatter_figure
 from klkit.results import plain
 from klkit.stats.spread import Scatter
@@ -150,6 +151,18 @@ def write_files(files: Mapping[str, str | bytes], out: Path) -> None:
                 write_text(out / name, content)
     except OSError as error:
         raise ValueError(f"expected to write into {out}, got: {error}; choose another --out") from error
+
+
+def write_pages(name: str, title: str, blocks: Sequence[Block], files: Mapping[str, str], out: Path) -> str:
+    """Write a report as ``{name}.txt`` and ``{name}.html``, its pictures and other files into ``out``; its text.
+
+    Raises:
+        ValueError: ``out`` cannot be written.
+    """
+    text = plain_text(blocks) + "\n"
+    pictures = {block.name: block.png for block in blocks if isinstance(block, Picture)}
+    write_files({f"{name}.txt": text, f"{name}.html": page(title, blocks), **files, **pictures}, out)
+    return text
 
 
 def rlhf_markdown(found: Findings) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from klkit.api.reproduce_report import csv_text, write_files
+from klkit.api.reproduce_report import csv_text, write_pages
 from klkit.api.reproduce_toy import CLAIMS, EARLY, OBJECTIVES, OPTIMISERS, Toy, ToyCount, conditions, ends
-from klkit.report.pages import Block, Heading, Items, Picture, Table, page, plain_text
+from klkit.report.pages import Block, Heading, Items, Picture, Table
 from klkit.report.reproductions import curves_figure, laws_figure
 from klkit.results import plain
 
@@ -147,16 +147,12 @@ def save_toy(toy: Toy, out: Path) -> str:
         ValueError: ``out`` cannot be written.
     """
     blocks = toy_blocks(toy)
-    text = plain_text(blocks) + "\n"
     rows, counts = [asdict(row) for row in toy.rows], [asdict(count) for count in toy.counts]
     held = [{"condition": words, "held": held} for words, held in conditions(toy)]
     record = {"study": asdict(toy.study), "conditions": held, "counts": counts, "rows": rows}
-    files: dict[str, str | bytes] = {
-        "toy.txt": text,
-        "toy.html": page(TITLE, blocks),
+    files = {
         "toy.json": json.dumps(plain(record), indent=2),
         "rows.csv": csv_text(rows),
         "counts.csv": csv_text(counts),
     }
-    write_files(files | {block.name: block.png for block in blocks if isinstance(block, Picture)}, out)
-    return text
+    return write_pages("toy", TITLE, blocks, files, out)
