@@ -70,23 +70,17 @@ def compare(cache: TeacherCache, teacher: LanguageModel, *, count: int = 8, seed
             continue
         decisions += strings.decisions
         hidden = teacher.encode(strings)
-        kept, _ = record(
-            teacher,
-            hidden,
-            cache.manifest.recording,
-            size=cache.manifest.size,
-            examples=torch.tensor([index]),
-            lengths=strings.lengths,
-        )
         before = cache.rows([index])
-        temperature = cache.manifest.recording.temperature
-        head = before.head if isinstance(before, Hidden) else None
         if isinstance(before, Hidden):
             # The read-out is asked again, too: its weights are part of what was recorded.
             now = teacher.readout(hidden).cpu()[:, : before.size]
             found.append(_variation(log_softmax(before.rows(slice(0, len(before)))), log_softmax(now)))
         else:
-            found += _differences(before, law_of(cache.kind, kept, head=head, temperature=temperature))
+            recording, one = cache.manifest.recording, torch.tensor([index])
+            kept, _ = record(
+                teacher, hidden, recording, size=cache.manifest.size, examples=one, lengths=strings.lengths
+            )
+            found += _differences(before, law_of(cache.kind, kept, head=None, temperature=recording.temperature))
     eps = torch.finfo(getattr(torch, cache.manifest.teacher.dtype)).eps
     if cache.kind == SAMPLED:
         mean = sum(found) / max(1, len(found))
