@@ -7,16 +7,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from klkit.cli.progress import PLAIN_EVERY, clock
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-AnyStudy = TypeVar("AnyStudy", bound="DataclassInstance")
+AnyStudy = TypeVar("AnyStudy")
 
 reproduce_app = typer.Typer(
     help="Reproduce a paper's experiment: estimators, gradient, rlhf, toy or distill.",
@@ -149,7 +146,7 @@ def distill_command(
 def changed(study: AnyStudy, **options: int | None) -> AnyStudy:
     """The study with the options that were given; those that are None stay as they are."""
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    return replace(study, **given)
+    return replace(study, **given)  # type: ignore[type-var]
 
 
 class Countdown:
