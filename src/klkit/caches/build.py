@@ -121,7 +121,7 @@ def build(
     try:
         (folder / SHARDS).mkdir(parents=True, exist_ok=True)
         plan.write(folder)
-        plan = replace(plan, head=_write_head(folder, teacher, recording))
+        plan = replace(plan, head=write_head(folder, teacher, recording))
     except (OSError, SafetensorError) as error:
         raise CacheError(f"expected to write into {folder}, got: {error}; choose another --out") from error
     done = 0
@@ -238,7 +238,8 @@ def _present(folder: Path, plan: Manifest) -> tuple[set[int], tuple[Path, ...]]:
     return present, tuple(damaged)
 
 
-def _write_head(folder: Path, teacher: LanguageModel, recording: Recording) -> dict[str, Any] | None:
+def write_head(folder: Path, teacher: LanguageModel, recording: Recording) -> dict[str, Any] | None:
+    """Write the output head that vectors are read with, and return what is known of it; None for what needs none."""
     head = head_of(teacher)
     if recording.kind != HIDDEN or head is None:
         return None

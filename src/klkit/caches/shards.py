@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from klkit.caches.recording import SAMPLED, Coverage
@@ -171,6 +171,42 @@ class Shard:
             self._cluster[here],
             self._finished[here],
         )
+
+
+def read_shard(folder: Path, index: int) -> dict[str, Tensor]:
+    """All that shard ``index`` holds.
+
+    Raises:
+        CacheError: its file is missing, or not what was written.
+    """
+    path = Part(index, 0, 0).find(folder)
+    try:
+        if path is None:
+            raise ValueError("it is not there")
+        if not whole(path):
+            raise ValueError("its content is not what was written")
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CacheError(
+            f"expected a whole shard {index:05d} in {folder}, got: {error}; delete its file and repeat the command with "
+            f"--resume: only what is missing is asked of the model again"
+        ) from error
+
+
+def strings_of(tensors: Mapping[str, Tensor]) -> Sequences:
+    """The strings of a shard that was read whole, as the model read them.
+
+    Example:
+        >>> flat = {"tokens": torch.tensor([5, 1, 5, 2, 0]), "start": torch.ones(2).long(), "stop": torch.tensor([2, 3])}
+        >>> flat |= {"prompt": torch.arange(2), "cluster": torch.arange(2), "finished": torch.ones(2).bool()}
+        >>> strings_of(flat).tokens.tolist()
+        [[5, 1, 0], [5, 2, 0]]
+    """
+    stop = tensors["stop"]
+    inside = torch.arange(int(stop.max()) if len(stop) else 0) < stop[:, None]
+    tokens = torch.zeros(inside.shape, dtype=torch.long).masked_scatter_(inside, tensors["tokens"].long())
+    start, prompt, cluster, finished = (tensors[name] for name in ("start", "prompt", "cluster", "finished"))
+    return Sequences(tokens, start, stop, prompt, cluster, finished, sampler_logp=tensors.get("sampler_logp"))
 
 
 def whole(path: Path) -> bool:

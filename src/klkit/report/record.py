@@ -44,7 +44,9 @@ CONFIG, RESULT, SAMPLES, TENSORS, TOKENS, ENV, REPORT, SHARDS = (
 )
 # Options that may differ between the first half of a run and its resumption: they change how the
 # strings are computed or shown, never which strings they are.
-FREE_ON_RESUME = frozenset({"batch_size", "unit", "out", "json", "resume", "method", "device"})
+FREE_ON_RESUME = frozenset({"batch_size", "unit", "out", "json", "resume", "method", "device"}) | {
+    *("candidates", "both", "cache", "cache_limit"),  # a comparison may get further candidates
+}
 
 
 class RunFolderError(ValueError):
@@ -198,11 +200,16 @@ class RunFolder:
         return paths
 
     def batches(self) -> Iterator[Batch]:
-        """The batches that are done, one after the other.
+        """The batches that are done, one after the other; those of a finished run as one.
 
         Raises:
             RunFolderError: a shard is damaged, or one is missing in the middle.
         """
+        if (self.path / RESULT).is_file():
+            with self._readable_tensors():
+                whole = unflatten(load_file(self.path / TENSORS))
+            yield whole
+            return
         for path in self.shards():
             try:
                 if file_digest(path) != path.stem.split("-", 1)[1]:
@@ -244,8 +251,18 @@ class RunFolder:
         with disk_errors(self.path):
             write_text(self.path / TOKENS, json.dumps({str(token): text for token, text in texts.items()}))
             write_atomically(self.path / TENSORS, lambda beside: join_shards(self.shards(), beside))
+        self.rewrite(result)
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop the shards: what they hold was written elsewhere."""
+        with disk_errors(self.path):
+            shutil.rmtree(self.path / SHARDS, ignore_errors=True)
+
+    def rewrite(self, result: Mapping[str, Any]) -> None:
+        """Write the result of a finished run anew: with another unit or estimator of the headline, say."""
+        with disk_errors(self.path):
             write_text(self.path / RESULT, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-            shutil.rmtree(self.path / SHARDS)
 
     def tokens(self) -> dict[int, str]:
         """Readable text of the tokens that the page shows, by id."""

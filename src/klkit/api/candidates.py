@@ -1,0 +1,173 @@
+"""One candidate after the other: opened, scored on the strings of ``p``, and let go."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from klkit.api.gather import Gathered
+from klkit.api.prepare import Pair
+from klkit.api.reference import Reference, ReferenceBatch
+from klkit.api.strings import SHOWN_STRINGS, SHOWN_TOKENS, MostProbable, describe, mend_samples
+from klkit.divergences import backends
+from klkit.estimators.statistics import collect
+from klkit.models.base import LanguageModel
+from klkit.numerics import give_back_memory
+from klkit.report.record import RunFolder
+from klkit.report.shards import Batch
+from klkit.sequences import Sequences
+from klkit.train.processes import Processes
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model that waits to be compared.
+
+    Attributes:
+        name: what tables call it.
+        open: gives the model while it is needed, and frees it afterwards.
+    """
+
+    name: str
+    open: Callable[[], AbstractContextManager[LanguageModel]]
+
+
+def trunk_of(model: LanguageModel) -> Any:
+    """The model whose trunk vectors ``model`` is read from: itself, under any transformations of its read-out."""
+    inner: Any = model
+    while hasattr(inner, "base"):
+        inner = inner.base
+    return inner
+
+
+def score_batch(
+    pair: Pair,
+    batch: ReferenceBatch,
+    contexts_q: Sequence[Int[Tensor, " _c"]] | None,
+    *,
+    features: Float[Tensor, "v f"] | None,
+    backend: str,
+    shown: int = SHOWN_STRINGS,
+) -> Batch:
+    """Read ``pair.q`` out over strings of ``pair.p``: the only pass of ``q``, and none of ``p``.
+
+    Args:
+        contexts_q: what ``q`` reads before a response to each prompt, where that is not what ``p`` reads.
+        shown: how many of the run's first strings are kept in detail.
+    """
+    x = batch.x
+    theirs = x if contexts_q is None else x.after([contexts_q[i] for i in x.prompt.tolist()])
+    same = trunk_of(pair.q) is trunk_of(pair.p) and contexts_q is None
+    hidden_q = batch.hidden if same else pair.q.encode(theirs)
+    few = torch.arange(max(0, min(len(x), shown - batch.start)))
+    best = MostProbable(torch.isin(x.row(), few), min(SHOWN_TOKENS, pair.p.vocabulary.size))
+    statistics = collect(pair.p, batch.hidden, pair.q, hidden_q, x, features=features, backend=backend, watch=best)
+    return Batch(statistics, best.details(few), batch.floor)
+
+
+def score_candidate(
+    pair: Pair,
+    reference: Reference,
+    found: Gathered,
+    contexts_q: Sequence[Int[Tensor, " _c"]] | None,
+    *,
+    features: Float[Tensor, "v f"] | None,
+    max_tokens: int,
+    shown: int = SHOWN_STRINGS,
+    folder: RunFolder | None = None,
+    processes: Processes | None = None,
+    observe: Callable[[int], None] | None = None,
+) -> None:
+    """Sum up ``pair`` over all strings of ``reference`` into ``found``, batch by batch.
+
+    Args:
+        folder: where each batch is stored as soon as it is done; those that are there are taken from it.
+        processes: that share the batches, whole ones; each of them gets all sums.
+        observe: given the strings done.
+    """
+    processes = processes or Processes()
+    stored = 0
+    if folder is not None:
+        for batch in folder.batches():
+            found.add(batch)
+            stored += 1
+        if len(found) == reference.count:
+            return
+        if processes.first:
+            mend_samples(folder, pair.p, len(found))
+    # One choice for the whole run, as there are many batches: half of the responses' room is an average guess.
+    backend = backends.choose(reference.count * max_tokens * pair.p.vocabulary.size // 2, dtype=pair.p.dtype)
+    for first in range(stored, len(reference), processes.count):
+        mine = first + processes.rank
+        own: Batch | None = None
+        if mine < len(reference):
+            own = score_batch(
+                pair, reference.store.get(mine), contexts_q, features=features, backend=backend, shown=shown
+            )
+        for number, done in enumerate(processes.gather(own), start=first):
+            if done is None:
+                continue
+            if folder is not None and processes.first:
+                folder.append(number, done, describe(pair.p, done.statistics))
+            found.add(done)
+        if first:
+            give_back_memory()
+        if observe is not None:
+            observe(len(found))
+
+
+def contexts_of(q: LanguageModel, contents: Sequence[Any], contexts_p: Sequence[Tensor]) -> list[Tensor] | None:
+    """What ``q`` reads before each response, or None if it is what ``p`` reads."""
+    own = [q.context(content) for content in contents]
+    return None if all(torch.equal(a, b) for a, b in zip(own, contexts_p, strict=True)) else own
+
+
+def require_room(model: LanguageModel, contexts: Sequence[Tensor], max_tokens: int) -> None:
+    """Refuse a candidate that cannot read ``p``'s strings.
+
+    Raises:
+        ValueError: its window is too short.
+    """
+    longest = max(map(len, contexts))
+    if model.window is not None and longest + max_tokens > model.window:
+        raise ValueError(
+            f"expected candidates that can read {longest} tokens of prompt and {max_tokens} of response, got "
+            f"{model.name} with a window of {model.window}; lower --max-tokens to {max(0, model.window - longest)}, or "
+            f"leave it out"
+        )
+
+
+def require_readable(model: LanguageModel, x: Sequences) -> None:
+    """Refuse a candidate that cannot read windows of the given text.
+
+    Raises:
+        ValueError: its window is too short.
+    """
+    longest = int(x.stop.max())
+    if model.window is not None and longest > model.window:
+        raise ValueError(
+            f"expected candidates that can read windows of {longest} tokens, got {model.name} with a window of "
+            f"{model.window}; lower --context to {model.window}"
+        )
+
+
+def folder_of(root: Path | None, name: str) -> Path | None:
+    """Where the pair of ``p`` and a candidate is written below the run's folder: by its name, whatever its place.
+
+    Example:
+        >>> folder_of(Path("run"), "org/name@main,dtype=bfloat16").name
+        'name-main-dtype-bfloat16-29c6'
+    """
+    if root is None:
+        return None
+    short = name.removeprefix("klkit:").rstrip("/").split("/")[-1]
+    plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in short)[:60]
+    return root / "candidates" / f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:4]}"

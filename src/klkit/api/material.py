@@ -1,0 +1,253 @@
+"""What all candidates of a comparison are scored on: strings of ``p``, or one text, and what ``p`` says there."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+
+from klkit.api.compare_settings import CompareSettings
+from klkit.api.prepare import Pair, contexts_digest, document_ids, environment, make_plan
+from klkit.api.reference import PLAN, FolderStore, MemoryStore, Reference, given_batch, sampled_batch
+from klkit.api.run import TOKEN_FEATURES, shortest
+from klkit.api.strings import Plan, resolve_batch_size
+from klkit.api.text import Windows, cut
+from klkit.caches.recorded import RecordedModel, publish
+from klkit.caches.shards import CacheError, Part
+from klkit.caches.sizes import CacheSize, readable, require_room
+from klkit.caches.source import ids_digest
+from klkit.estimators.variates import token_features
+from klkit.models.base import LanguageModel, head_of
+from klkit.report.record import RunFolder
+from klkit.sequences import Prompts, Sequences
+from klkit.train.processes import Processes
+
+TEXT_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Where a comparison stands, for whoever watches it.
+
+    Attributes:
+        name: what is being done, such as ``"p draws its strings"``.
+        done: strings of it, and ``total``.
+        seconds: since this stage began.
+    """
+
+    name: str
+    done: int
+    total: int
+    seconds: float
+
+
+Observer = Callable[[Stage], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What all candidates are scored on.
+
+    Attributes:
+        reference: the strings, and what ``p`` says at each decision.
+        plan: which strings were drawn; None for a fixed text.
+        windows: what was cut from a fixed text; None where strings were drawn.
+        contents: the prompts; None where only what ``p`` read is known, so that every candidate reads the same.
+        notes: what a reader must know of them.
+        env: what the numbers depend on, on the side of ``p``.
+        facts: what tells these strings from others, for the folder that they are kept in.
+        features: of the tokens, for control variates.
+    """
+
+    reference: Reference
+    plan: Plan | None
+    windows: Windows | None
+    contents: Sequence[Any] | None
+    notes: tuple[str, ...]
+    env: dict[str, Any]
+    facts: dict[str, Any]
+    features: Float[torch.Tensor, "v f"] | None
+
+
+def gather_material(
+    p: LanguageModel,
+    settings: CompareSettings,
+    prompts: Prompts | None,
+    documents: Sequence[str] | None,
+) -> Material:
+    """What to draw or to read; nothing is drawn yet, and what will be is kept in memory.
+
+    Args:
+        p: the reference, at the temperature of the run.
+
+    Raises:
+        ValueError: prompts that leave no room for a response.
+    """
+    common = settings.common
+    env = environment(common, Pair(p, p, ()))
+    env["models"] = {"p": env["models"]["p"]}
+    plan: Plan | None = None
+    windows: Windows | None = None
+    if documents is not None:
+        windows = cut(documents, lambda text: document_ids(p, text), shortest(common.context, p.window))
+        given, notes = windows.x, windows.notes
+        env["contexts"] = ids_digest([given.tokens[i, : int(stop)] for i, stop in enumerate(given.stop)])
+        count, most = len(given), int(given.lengths.max())
+        size = common.batch_size if isinstance(common.batch_size, int) else TEXT_BATCH
+        make = lambda start, some: given_batch(p, given, start, some)  # noqa: E731
+    else:
+        plan, notes = make_plan(Pair(p, p, ()), common, prompts)
+        env["contexts"] = contexts_digest(plan)
+        count, most, drawn = plan.total, plan.max_tokens, plan
+        size = resolve_batch_size(p, plan, common.batch_size)
+        make = lambda start, some: sampled_batch(p, drawn, start, some, floor=common.floor != "none")  # noqa: E731
+    facts = {
+        "kind": "sampled" if plan is not None else "text",
+        "models": env["models"],
+        "contexts": env["contexts"],
+        "strings": count,
+        "batch": size,
+        "samples": None if plan is None else plan.samples,
+        "max_tokens": most,
+        "seed": common.seed,
+        "temperature": common.temperature,
+        "floor": common.floor != "none",
+        "notes": list(notes),
+    }
+    table = p.embedding() if plan is not None else None
+    features = None if table is None else token_features(table, TOKEN_FEATURES)
+    contents = prompts.contents if prompts is not None else (None,)
+    reference = Reference(count, size, make, MemoryStore())
+    return Material(reference, plan, windows, contents, tuple(notes), env, facts, features)
+
+
+def on_disk(material: Material, path: Path, processes: Processes) -> Material:
+    """The same, kept in the folder ``path``: new, or begun before.
+
+    Raises:
+        RunFolderError: the folder holds other strings, or cannot be written.
+    """
+    store = processes.by_first(lambda: FolderStore.open(path, material.facts))
+    return replace(material, reference=replace(material.reference, store=store))
+
+
+def recorded_material(p: RecordedModel, settings: CompareSettings) -> Material:
+    """The strings of a model that was recorded: what it said is all there is, so options of drawing have no say.
+
+    Raises:
+        CacheError: the folder was not written by a comparison.
+    """
+    path = p.cache.path
+    try:
+        facts = json.loads((path / PLAN).read_text(encoding="utf-8"))
+        kind, size, count = facts["kind"], int(facts["batch"]), int(facts["strings"])
+        notes = (*facts["notes"], f"p was not asked again: its laws are those recorded in {path.name}")
+    except (OSError, ValueError, KeyError) as error:
+        raise CacheError(
+            f"expected a reference that klkit compare recorded in {path}, got: {error}; make it anew"
+        ) from error
+
+    def make(start: int, some: int) -> Any:
+        raise CacheError(
+            f"expected all {count} strings in {path}, got none from {start} on; make it anew from the model"
+        )
+
+    env = environment(settings.common, Pair(p, p, ()))
+    env["models"], env["contexts"] = {"p": env["models"]["p"]}, facts["contexts"]
+    store = FolderStore(path)
+    reference = Reference(count, size, make, store)
+    plan, windows = None, None
+    if kind == "sampled":
+        contexts: dict[int, torch.Tensor] = {}
+        for batch in reference:
+            for i, prompt in enumerate(batch.x.prompt.tolist()):
+                contexts.setdefault(prompt, batch.x.context(i))
+        ordered = [contexts[i] for i in sorted(contexts)]
+        plan = Plan(ordered, ordered, int(facts["samples"]), int(facts["max_tokens"]), int(facts["seed"]))
+    else:
+        windows = Windows(Sequences.cat([batch.x for batch in reference]), tuple(facts["notes"]))
+    return Material(reference, plan, windows, None, notes, env, facts, p.features)
+
+
+def fill(material: Material, processes: Processes, observe: Observer | None) -> None:
+    """Make all batches that are not there, each in one of the processes."""
+    reference = material.reference
+    name = "p reads the text" if material.plan is None else "p draws its strings"
+
+    def work(done: Callable[[int], None]) -> None:
+        for first in range(0, len(reference), processes.count):
+            mine = first + processes.rank
+            if mine < len(reference):
+                reference.fill(mine)
+            done(min(reference.count, (first + processes.count) * reference.size))
+        processes.gather(None)  # whoever reads next finds every batch
+
+    watch(observe, name, reference.count, work)
+
+
+def publish_material(material: Material, p: LanguageModel) -> None:
+    """Turn the batches on disk into a cache that other comparisons can start from, without ``p``.
+
+    A model whose output head is no plain linear layer has none to keep: its folder serves this run only.
+    """
+    store, reference = material.reference.store, material.reference
+    if not isinstance(store, FolderStore):
+        return
+    batches = list(reference)
+    parts = [Part(i, batch.start, len(batch.x)) for i, batch in enumerate(batches)]
+    strings = Sequences.cat([batch.x for batch in batches])
+    limit = None if material.plan is None else material.plan.max_tokens
+    publish(store.path, p, strings, parts, max_tokens=limit, features=material.features)
+
+
+def room(material: Material, p: LanguageModel, where: Path) -> str:
+    """What the vectors of ``p`` will take at most on disk, in words.
+
+    Raises:
+        ValueError: the disk has no room for them.
+    """
+    plan, windows, reference = material.plan, material.windows, material.reference
+    decisions = reference.count * plan.max_tokens if plan is not None else windows.x.decisions if windows else 0
+    head = head_of(p)
+    itemsize = p.dtype.itemsize
+    size = CacheSize(
+        decision=p.width * itemsize,
+        laws=p.width * itemsize * decisions,
+        head=0 if head is None else head.weight.numel() * head.weight.element_size(),
+        strings=0,
+        logits=2 * p.vocabulary.size * decisions,
+    )
+    require_room(size, where, None)
+    most = "at most " if plan is not None else ""
+    return (
+        f"What p says will take {most}{readable(size.total)} in {where} ({size.decision:,} bytes a token); all its "
+        f"logits in half precision would take {readable(size.logits)}."
+    )
+
+
+def watch(observe: Observer | None, name: str, total: int, work: Callable[[Callable[[int], None]], None]) -> None:
+    """Run ``work``, which is given a function to report the strings done, as one stage."""
+    began = time.monotonic()
+
+    def done(strings: int) -> None:
+        if observe is not None:
+            observe(Stage(name, strings, total, time.monotonic() - began))
+
+    work(done)
+
+
+def start_folder(
+    out: Path | None, settings: CompareSettings, env: dict[str, Any], resume: bool, processes: Processes
+) -> RunFolder | None:
+    """The run folder, if one is wanted, in every process."""
+
+    def create() -> RunFolder | None:
+        return None if out is None else RunFolder.create(out, settings.to_dict(), env, resume=resume)
+
+    return processes.by_first(create)

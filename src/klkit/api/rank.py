@@ -1,0 +1,103 @@
+"""From the results of candidates to a ranking: paired differences, the floor, and words for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from klkit.api.compare_settings import CompareSettings
+from klkit.api.gather import Gathered
+from klkit.ranking import Entry, Ranking
+from klkit.results import ESTIMANDS
+from klkit.stats.intervals import MINIMUM_CLUSTERS, cluster_totals, ratio_interval
+from klkit.stats.ranking import rank
+
+LEVEL = 0.95
+NOISE = 10.0  # times the floor: what is below is not clearly above it, where too few strings say more
+
+
+def rank_entries(
+    entries: Sequence[Entry], settings: CompareSettings, env: Mapping[str, Any], notes: Sequence[str]
+) -> Ranking:
+    """The candidates in order, with ties; all of them were scored on the same strings."""
+    heads = [entry.result.headline for entry in entries]
+    order = rank(
+        np.stack([head.contributions for head in heads]),
+        heads[0].weights,
+        heads[0].cluster,
+        level=LEVEL,
+        spread=np.array([head.spread for head in heads]),
+    )
+    found = Ranking(tuple(entries), order, "", settings.to_dict(), env, tuple(dict.fromkeys((*notes, *said(entries)))))
+    return Ranking(found.entries, order, say(found), found.settings, env, found.notes)
+
+
+def said(entries: Sequence[Entry]) -> list[str]:
+    """What must be told of some candidates beside the numbers."""
+    found = []
+    for entry in entries:
+        if entry.floor["verdict"] == "at the floor":
+            found.append(
+                f"{entry.name} is at the numerical floor: what it differs by from p is no more than what p's own "
+                f"arithmetic does, so its place says nothing"
+            )
+        if entry.result.headline.infinite:
+            found.append(f"{entry.name} excludes tokens that p allows at {entry.result.headline.infinite} decisions")
+        own = set(entry.result.notes)
+        others = [set(other.result.notes) for other in entries if other is not entry]
+        found += [f"{entry.name}: {note}" for note in entry.result.notes if note in own - set().union(*others)]
+    shared = set.intersection(*(set(entry.result.notes) for entry in entries)) if len(entries) > 1 else set()
+    return [note for note in entries[0].result.notes if note in shared] + found
+
+
+def say(ranking: Ranking) -> str:
+    """The outcome in one sentence that names estimand, direction, unit, interval method and n."""
+    first, *rest = ranking.ranked
+    entry = ranking.entries[first]
+    head = entry.result.headline
+    per = f"{head.unit} {ESTIMANDS[head.estimand]}"
+    value = f"{head.direction} = {head.in_unit(head.value):.4g} {per}, {head.describe_interval(ranking.order.level)}"
+    counted = f"{head.n} {'windows of one text' if head.estimand == 'F' else 'responses of p'}"
+    if not rest:
+        return f"{entry.name}: {value}; {head.method} from {counted}."
+    tied = ranking.tied_with(first)
+    among = f"{len(rest) + 1} candidates on the same {counted}"
+    tests = f"paired {head.method} differences, Holm at {1 - ranking.order.level:.0%}"
+    if not tied:
+        return f"{entry.name} is closest to p: {value}; of {among} ({tests})."
+    names = ", ".join(tied[:3]) + (f" and {len(tied) - 3} more" if len(tied) > 3 else "")
+    return f"{entry.name} is not resolved from {names}: it is at {value}; of {among} ({tests})."
+
+
+def against_floor(whole: Gathered) -> dict[str, Any]:
+    """Whether a candidate differs from ``p`` by more than ``p`` does from itself, on the same strings, nats.
+
+    The floor is what two passes of ``p`` differ by, string by string, so the comparison is paired.
+
+    Example:
+        >>> from klkit.api.gather import Gathered
+        >>> sorted(against_floor.__annotations__)
+        ['return', 'whole']
+    """
+    strings, floor = whole.strings, whole.floor.double().numpy()
+    n = len(floor)
+    nothing = {"verdict": "not measured", "difference": float("nan"), "lower": float("nan"), "upper": float("nan")}
+    if not n:
+        return {**nothing, "n": 0, "method": "none"}
+    kl, cluster = strings.kl.numpy()[:n], strings.cluster.numpy()[:n]
+    totals, weights = cluster_totals(kl - floor, np.ones(n), cluster)
+    interval = ratio_interval(totals, weights, level=LEVEL)
+    if len(totals) < MINIMUM_CLUSTERS:
+        above = float(kl.mean()) > NOISE * float(floor.mean())
+    else:
+        above = interval.lower > 0
+    return {
+        "verdict": "above the floor" if above else "at the floor",
+        "difference": float(totals.sum() / n),
+        "lower": interval.lower,
+        "upper": interval.upper,
+        "n": n,
+        "method": interval.method,
+    }

@@ -1,0 +1,186 @@
+"""What is kept of ``p`` while candidates come and go: its strings, and the vectors that its laws are read from.
+
+``p`` runs once. A batch of its strings is a few ids and one trunk vector a token, from which any number of candidates
+is scored, each with one pass of its own. With a run folder the batches lie on disk, so that memory holds one of them,
+and a run that was interrupted goes on where it stopped; without one they are in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from klkit.api.strings import Plan, batch_floor
+from klkit.caches.manifest import SHARDS
+from klkit.caches.recording import Coverage
+from klkit.caches.shards import Part, read_shard, strings_of, write_shard
+from klkit.files import write_text
+from klkit.models.base import LanguageModel
+from klkit.report.record import RunFolderError, disk_errors
+from klkit.sampling.ancestral import sample
+from klkit.sequences import Sequences
+
+FLOOR_STRINGS = 64  # strings on which the numerical floor is measured, for a paired comparison with it
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceBatch:
+    """Some strings of ``p``.
+
+    Attributes:
+        start: number of the first one in the run.
+        x: the strings, as ``p`` reads them.
+        hidden: trunk vectors of ``p`` at every decision, ``(m, d)``.
+        floor: ``KL(p‖p)`` between two passes of ``p``, of those among the run's first strings, nats, ``(k,)``.
+    """
+
+    start: int
+    x: Sequences
+    hidden: Float[Tensor, "m d"]
+    floor: Float[Tensor, " k"]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryStore:
+    """Batches in memory."""
+
+    batches: dict[int, ReferenceBatch] = field(default_factory=dict)
+
+    def has(self, index: int) -> bool:
+        """Whether the batch is there."""
+        return index in self.batches
+
+    def put(self, index: int, batch: ReferenceBatch) -> None:
+        """Keep a batch."""
+        self.batches[index] = batch
+
+    def get(self, index: int) -> ReferenceBatch:
+        """The batch."""
+        return self.batches[index]
+
+
+@dataclass(frozen=True, slots=True)
+class FolderStore:
+    """Batches on disk, as the shards of a cache: whole or not there at all, with a digest in each name.
+
+    Attributes:
+        path: the folder of the cache.
+    """
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path, facts: Mapping[str, Any]) -> FolderStore:
+        """A folder for the strings of the run that ``facts`` describe, new or begun before.
+
+        Raises:
+            RunFolderError: it holds those of another run, or cannot be written.
+        """
+        plan = path / PLAN
+        with disk_errors(path):
+            (path / SHARDS).mkdir(parents=True, exist_ok=True)
+            if not plan.is_file():
+                write_text(plan, json.dumps(dict(facts), indent=1))
+            before, now = (json.loads(text) for text in (plan.read_text(encoding="utf-8"), json.dumps(dict(facts))))
+        other = [key for key in dict.fromkeys((*before, *now)) if before.get(key) != now.get(key)]
+        if other:
+            changes = "; ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in other)
+            raise RunFolderError(
+                f"expected {path} to hold strings of this run, got others ({changes}); restore what changed, or choose "
+                f"another folder"
+            )
+        return cls(path)
+
+    def has(self, index: int) -> bool:
+        """Whether the batch is there."""
+        return Part(index, 0, 0).find(self.path / SHARDS) is not None
+
+    def put(self, index: int, batch: ReferenceBatch) -> None:
+        """Keep a batch.
+
+        Raises:
+            CacheError: the disk refuses.
+        """
+        part = Part(index, batch.start, len(batch.x))
+        tensors = {"hidden": batch.hidden.cpu(), "floor": batch.floor}
+        if batch.x.sampler_logp is not None:
+            tensors["sampler_logp"] = batch.x.sampler_logp
+        write_shard(self.path / SHARDS, part, batch.x, tensors, Coverage(decisions=batch.x.decisions))
+
+    def get(self, index: int) -> ReferenceBatch:
+        """The batch; its first string is not stored with it, but counts the strings of the batches before it.
+
+        Raises:
+            CacheError: its file is missing or not what was written.
+        """
+        tensors = read_shard(self.path / SHARDS, index)
+        size = int(json.loads((self.path / PLAN).read_text(encoding="utf-8"))["batch"])
+        return ReferenceBatch(index * size, strings_of(tensors), tensors["hidden"], tensors["floor"])
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """All strings of a run, in batches.
+
+    Attributes:
+        count: strings in all.
+        size: strings a batch.
+        make: draws or reads the batch that begins with a string, of so many strings.
+        store: where batches are kept.
+    """
+
+    count: int
+    size: int
+    make: Callable[[int, int], ReferenceBatch]
+    store: MemoryStore | FolderStore
+
+    def __len__(self) -> int:
+        return -(-self.count // self.size)
+
+    def fill(self, index: int) -> bool:
+        """Make batch ``index`` unless it is there; whether it was made."""
+        if self.store.has(index):
+            return False
+        start = index * self.size
+        self.store.put(index, self.make(start, min(self.size, self.count - start)))
+        return True
+
+    def __iter__(self) -> Iterator[ReferenceBatch]:
+        return (self.store.get(index) for index in range(len(self)))
+
+
+def sampled_batch(p: LanguageModel, plan: Plan, start: int, size: int, *, floor: bool) -> ReferenceBatch:
+    """Strings of ``p``, drawn as ``klkit estimate`` draws them: the same ones, whatever the batches.
+
+    In half precision the trunk vectors are those of a teacher-forced pass, in the batch shapes in which candidates are
+    scored; otherwise those of the sampling pass, which are the same up to rounding and cost nothing.
+    """
+    names = plan.slice(start, start + size)
+    prompts = [prompt for prompt, _ in names]
+    draw = sample(
+        p,
+        [plan.contexts_p[i] for i in prompts],
+        max_tokens=plan.max_tokens,
+        seed=plan.seed,
+        prompt=prompts,
+        replicate=[replicate for _, replicate in names],
+        cluster=prompts if len(plan.contexts_p) > 1 else list(range(start, start + len(names))),
+    )
+    x = draw.sequences
+    checked = torch.arange(max(0, min(len(x), FLOOR_STRINGS - start)) if floor else 0)
+    again = p.dtype not in (torch.float32, torch.float64)
+    return ReferenceBatch(start, x, p.encode(x) if again else draw.hidden, batch_floor(p, draw.hidden, x, checked))
+
+
+def given_batch(p: LanguageModel, x: Sequences, start: int, size: int) -> ReferenceBatch:
+    """Windows of a fixed text, read by ``p``."""
+    rows = x.select(torch.arange(start, start + size))
+    return ReferenceBatch(start, rows, p.encode(rows), torch.zeros(0, dtype=torch.float64))

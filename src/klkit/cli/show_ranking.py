@@ -1,0 +1,86 @@
+"""A ranking on a terminal: one sentence, one table, and what vouches for it, within 80 columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from klkit.report.ranking import rows_of
+from klkit.report.ranking_plots import differences
+from klkit.report.text import printable
+
+if TYPE_CHECKING:
+    from klkit.ranking import Ranking
+
+MOST_NEIGHBOURS = 12
+
+
+def show_ranking(ranking: Ranking, folder: Path | None, console: Console | None = None) -> None:
+    """Print a ranking."""
+    console = console or Console(highlight=False)
+    result = ranking.to_dict()
+    console.print()
+    console.print(escape(printable(result["sentence"])), style="bold red" if ranking.failed else "bold")
+    console.print()
+    rows = rows_of(result)
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("rank", justify="right")
+    table.add_column("candidate", overflow="fold", max_width=26)
+    table.add_column(f"{result['unit']}/{'response' if result['estimand'] == 'S' else 'token'}", justify="right")
+    table.add_column(f"{result['level']:.0%} interval")
+    table.add_column("same top-1", justify="right")
+    table.add_column("size", overflow="fold")
+    for place, row in enumerate(rows):
+        table.add_row(
+            row["rank"], escape(row["candidate"]), row["value"], row["interval"], row["top"], row["size"].split(",")[0],
+            style="bold" if place == 0 else "",
+        )  # fmt: skip
+    console.print(table)
+    console.print()
+    facts = Table.grid(padding=(0, 2, 0, 0))
+    facts.add_column(justify="right", style="dim", no_wrap=True)
+    facts.add_column()
+    for name, text, style in lines(result, rows):
+        facts.add_row(escape(name), escape(printable(text)), style=style)
+    for note in result["notes"]:
+        facts.add_row("note", escape(printable(note)))
+    if folder is not None:
+        facts.add_row("saved", escape(f"{folder} (report.html, table.md, result.json)"))
+    console.print(facts)
+    console.print()
+
+
+def lines(result: dict[str, Any], rows: list[dict[str, str]]) -> list[tuple[str, str, str]]:
+    """(name, what there is to say, style) of what vouches for the table."""
+    found = []
+    names = [row["name"] for row in result["candidates"]]
+    for closer, farther in list(zip(names, names[1:], strict=False))[:MOST_NEIGHBOURS]:
+        gap = differences(result, farther, closer)
+        pair = next(p for p in result["pairs"] if {p["first"], p["second"]} == {closer, farther})
+        if gap is None or gap[0] != gap[0]:
+            continue
+        verdict = "farther than" if pair["verdict"] != "tied" else "tied with"
+        adjusted = float(pair["p_adjusted"])
+        tested = "" if adjusted != adjusted else f", adjusted p {adjusted:.2g}"
+        found.append(
+            ("paired", f"{farther} {verdict} {closer} by {gap[0]:.3g} ({gap[1]:.3g} to {gap[2]:.3g}){tested}", "")
+        )
+    failed = [row["candidate"] for row in rows if row["audit"] != "passed"]
+    if failed:
+        found.append(("audit", f"FAILED for {', '.join(failed)}: see their own pages", "red"))
+    else:
+        found.append(("audit", f"passed for {len(rows)} of {len(rows)} candidates", ""))
+    floor = result["candidates"][0]["result"]["lines"].get("floor")
+    if floor is not None:
+        found.append(("floor", floor, ""))
+    for row in rows:
+        if row["reverse"]:
+            found.append(("KL(q‖p)", f"{row['candidate']} {row['reverse']} ({row['reverse_interval']})", ""))
+    frontier = result["frontier"]
+    if len(frontier) > 1 or (frontier and len(names) > 1):
+        found.append(("frontier", f"no smaller file is as close as {', '.join(frontier)}", ""))
+    return found

@@ -1,0 +1,266 @@
+"""Many candidates against one: the same numbers as pair by pair, ``p`` asked once, ties called ties."""
+
+import json
+import math
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+
+from klkit import exact, rng
+from klkit.api.candidates import Candidate
+from klkit.api.compare import compare_models
+from klkit.api.compare_settings import CompareSettings
+from klkit.api.run import measure
+from klkit.api.settings import Settings
+from klkit.caches.recorded import RecordedModel
+from klkit.models.automaton import memoryless, random_automaton
+from klkit.models.base import NotTractable, VocabularyMismatch
+from klkit.models.spec import load
+from klkit.models.wrap import temperature
+from klkit.report.record import RunFolder, RunFolderError
+from klkit.sequences import Prompts
+from tests.bank import INFINITE
+from tests.tiny import folder as tiny
+
+
+def automata(count=3):
+    p, *qs = (random_automaton(3, 3, generator=rng.stream(i, "compare"), name=f"m{i}") for i in range(count + 1))
+    return p, qs
+
+
+def waiting(models):
+    return [Candidate(model.name, lambda model=model: nullcontext(model)) for model in models]
+
+
+def settings(models, **options):
+    given = {"p": "p", "candidates": [model.name for model in models], "samples": 120, "max_tokens": 30, **options}
+    return CompareSettings.from_mapping(given)
+
+
+def values(ranking):
+    return {entry.name: entry.result.headline.value for entry in ranking.entries}
+
+
+class Counting:
+    """A model that counts how often it is asked."""
+
+    def __init__(self, model):
+        self.model, self.encoded, self.begun = model, 0, 0
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def encode(self, x):
+        self.encoded += x.decisions
+        return self.model.encode(x)
+
+    def begin(self, contexts):
+        self.begun += len(contexts)
+        return self.model.begin(contexts)
+
+    def head(self):
+        return self.model.head() if hasattr(self.model, "head") else None
+
+
+def test_every_candidate_gets_the_numbers_of_its_own_run():
+    p, qs = automata()
+    ranking = compare_models(p, waiting(qs), settings(qs))
+    for q, entry in zip(qs, ranking.entries, strict=True):
+        alone = measure(p, q, Settings("p", q.name, samples=120, max_tokens=30))
+        assert entry.result.headline.value == alone.headline.value
+        assert [e.to_dict() for e in entry.result.estimates] == [e.to_dict() for e in alone.estimates]
+        assert entry.result.breakdown == alone.breakdown
+
+
+def test_the_order_is_that_of_the_exact_divergences():
+    p, qs = automata(4)
+    ranking = compare_models(p, waiting(qs), settings(qs, samples=400))
+    truth = [exact(p, q, max_tokens=30).value for q in qs]
+    assert [ranking.entries[i].name for i in ranking.ranked] == [qs[i].name for i in np.argsort(truth)]
+    places = {name: i + 1 for i, name in enumerate(qs[i].name for i in np.argsort(truth))}
+    record = ranking.to_dict()
+    assert all(row["rank_first"] <= places[row["name"]] <= row["rank_last"] for row in record["candidates"])
+    assert {p["verdict"] for p in record["pairs"]} == {"closer", "tied"}  # two of the four are close
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+
+
+def test_models_that_cannot_be_told_apart_are_tied():
+    p = memoryless([0.5, 0.5], end=0.2, name="p")
+    up, down = (memoryless(law, end=0.2, name=name) for name, law in (("up", [0.6, 0.4]), ("down", [0.4, 0.6])))
+    far = memoryless([0.9, 0.1], end=0.2, name="far")
+    ranking = compare_models(p, waiting([up, far, down]), settings([up, far, down], max_tokens=60))
+    places = {entry.name: ranking.rank(i) for i, entry in enumerate(ranking.entries)}
+    assert places == {"up": (1, 2), "down": (1, 2), "far": (3, 3)}
+    assert "not resolved from" in ranking.sentence
+
+
+def test_p_draws_once_and_each_candidate_reads_once():
+    p, *qs = (load(str(tiny("gpt2", seed=seed))) for seed in range(3))
+    p, *qs = map(Counting, (p, *qs))
+    warm = temperature(p, 1.5)
+    models = [*qs, warm]
+    few = settings(models, samples=24, max_tokens=10, floor="none", batch_size=8)
+    ranking = compare_models(p, waiting(models), few)
+    decisions = int(ranking.entries[0].result.headline.n and sum(ranking.entries[0].per_token.weights))
+    assert p.begun >= 24 and p.encoded == 0  # drawing; close calls are settled alone
+    assert [q.encoded for q in qs] == [decisions, decisions]
+
+
+def test_resumed_with_further_candidates(tmp_path):
+    p, qs = automata()
+    first = compare_models(p, waiting(qs[:2]), settings(qs[:2], batch_size=50), out=tmp_path / "run")
+    asked = Counting(p)
+    more = compare_models(asked, waiting(qs), settings(qs, batch_size=50), out=tmp_path / "run", resume=True)
+    whole = compare_models(p, waiting(qs), settings(qs, batch_size=50))
+    assert asked.begun == asked.encoded == 0
+    assert values(more) == values(whole)
+    assert values(first).items() <= values(more).items()
+    assert more.to_dict()["pairs"] == whole.to_dict()["pairs"]
+
+
+@pytest.mark.parametrize("left", [1, 3])
+def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, left):
+    p, qs = automata(2)
+    whole = compare_models(p, waiting(qs), settings(qs, batch_size=30))
+    seen = []
+
+    def interrupt(stage):
+        seen.append(stage)
+        if len(seen) == 4 + left:
+            raise KeyboardInterrupt
+
+    options = {"out": tmp_path / "run"}
+    with pytest.raises(KeyboardInterrupt):
+        compare_models(p, waiting(qs), settings(qs, batch_size=30), observe=interrupt, **options)
+    again = compare_models(p, waiting(qs), settings(qs, batch_size=30), resume=True, **options)
+    assert values(again) == values(whole)
+    assert again.to_dict()["pairs"] == whole.to_dict()["pairs"]
+
+
+def test_other_models_or_prompts_do_not_resume(tmp_path):
+    p, qs = automata(2)
+    compare_models(p, waiting(qs), settings(qs), out=tmp_path / "run")
+    with pytest.raises(RunFolderError, match="other"):
+        compare_models(qs[0], waiting(qs), settings(qs), out=tmp_path / "run", resume=True)
+    with pytest.raises(RunFolderError, match="seed"):
+        compare_models(p, waiting(qs), settings(qs, seed=1), out=tmp_path / "run", resume=True)
+    with pytest.raises(RunFolderError, match="holds files"):
+        compare_models(p, waiting(qs), settings(qs), out=tmp_path / "run")
+
+
+def test_both_directions_are_those_of_their_own_runs(tmp_path):
+    p, qs = automata(2)
+    ranking = compare_models(p, waiting(qs), settings(qs, both=True), out=tmp_path / "run")
+    for q, entry in zip(qs, ranking.entries, strict=True):
+        alone = measure(p, q, Settings("p", q.name, samples=120, max_tokens=30, divergence="reverse_kl"))
+        assert entry.reverse.headline.value == alone.headline.value
+        assert entry.reverse.headline.direction == "KL(q‖p)"
+    again = compare_models(p, waiting(qs), settings(qs, both=True), out=tmp_path / "run", resume=True)
+    assert [e.reverse.headline.value for e in again.entries] == pytest.approx(
+        [e.reverse.headline.value for e in ranking.entries], rel=1e-12
+    )
+
+
+def test_fixed_text_is_that_of_its_own_runs(tmp_path):
+    p, *qs = (load(str(tiny("gpt2", seed=seed))) for seed in range(3))
+    documents = ["the film was a quiet triumph", "a dull, overlong story " * 9] * 6
+    ranking = text_run(p, qs, documents, tmp_path)
+    for q, entry in zip(qs, ranking.entries, strict=True):
+        alone = measure(p, q, Settings("p", q.name, text=str(tmp_path / "t.txt"), context=16), documents=documents)
+        assert entry.result.headline.value == pytest.approx(alone.headline.value, rel=1e-6)
+        assert entry.result.headline.estimand == "F"
+    assert "windows of one text" in ranking.sentence
+
+
+def text_run(p, qs, documents, tmp_path):
+    (tmp_path / "t.txt").write_text("\n".join(documents))
+    given = {"p": "p", "candidates": [q.name for q in qs], "text": str(tmp_path / "t.txt"), "context": 16}
+    return compare_models(
+        p, waiting(qs), CompareSettings.from_mapping(given), documents=documents, out=tmp_path / "run"
+    )
+
+
+def test_infinite_candidates_are_last_and_named():
+    p = INFINITE.p
+    near = memoryless([0.4, 0.6], end=0.25, name="near")
+    models = [INFINITE.q, near]
+    ranking = compare_models(p, waiting(models), settings(models))
+    assert [ranking.entries[i].name for i in ranking.ranked] == ["near", INFINITE.q.name]
+    assert math.isinf(ranking.entries[0].result.headline.value)
+    assert any("excludes tokens" in note for note in ranking.notes)
+    assert json.dumps(ranking.to_dict(), allow_nan=False)
+
+
+def test_what_p_said_is_enough_without_p(tmp_path):
+    p, *qs = (load(str(tiny("gpt2", seed=seed))) for seed in range(3))
+    prompts = Prompts(("the film", "a dull"))
+    few = {"samples": 12, "max_tokens": 8, "batch_size": 8}
+    with_p = compare_models(p, waiting(qs), settings(qs, **few), prompts=prompts, out=tmp_path / "run")
+    kept = RecordedModel.open(tmp_path / "run" / "reference")
+    without = compare_models(kept, waiting(qs), settings(qs))
+    for one, other in zip(with_p.entries, without.entries, strict=True):
+        assert other.result.headline.value == pytest.approx(one.result.headline.value, rel=1e-6)
+        assert other.result.audit["passed"]
+    assert any("not asked again" in note for note in without.notes)
+    with pytest.raises(NotTractable, match="name the model itself"):
+        kept.encode(kept.cache.strings([0]))
+
+
+def test_a_damaged_reference_is_not_read(tmp_path):
+    p, qs = automata(1)
+    compare_models(p, waiting(qs), settings(qs, batch_size=60), out=tmp_path / "run")
+    shard = sorted((tmp_path / "run" / "reference" / "shards").iterdir())[0]
+    shard.write_bytes(shard.read_bytes()[:-8] + b"\0" * 8)
+    for path in (tmp_path / "run" / "candidates").iterdir():
+        (path / "result.json").unlink()
+        (path / "tensors.safetensors").unlink()
+    with pytest.raises(ValueError, match="not what was written"):
+        compare_models(p, waiting(qs), settings(qs, batch_size=60), out=tmp_path / "run", resume=True)
+
+
+def test_candidates_with_other_tokens_are_refused():
+    p, _ = automata(1)
+    other = random_automaton(3, 3, generator=rng.stream(9, "compare"), name="other")
+    renamed = type(other)(
+        other.log_probabilities, other.transitions, type(other.vocabulary)(("x", "y", "z", "<end>"), (3,)), name="other"
+    )
+    with pytest.raises(VocabularyMismatch, match="different strings"):
+        compare_models(p, waiting([renamed]), settings([renamed]))
+
+
+def test_each_candidate_has_a_page_and_the_run_a_table(tmp_path):
+    p, qs = automata(2)
+    ranking = compare_models(p, waiting(qs), settings(qs, unit="bits"), out=tmp_path / "run")
+    page = (tmp_path / "run" / "report.html").read_text()
+    for entry in ranking.entries:
+        own = next((tmp_path / "run" / "candidates").glob(f"{entry.name}-*"))
+        assert f'href="candidates/{own.name}/report.html"' in page
+        assert RunFolder.open(own).result()["headline"]["unit"] == "bits"
+    assert "| rank | candidate | KL(p‖q), bits per response |" in (tmp_path / "run" / "table.md").read_text()
+    assert not (tmp_path / "run" / "shards").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"candidates": []}, "list of models"),
+        ({"candidates": ["a", "a"]}, "a twice"),
+        ({"candidates": "a"}, "list of models"),
+        ({"candidates": ["a"], "q": "b"}, "name it there"),
+        ({"candidates": ["a"], "divergence": "js"}, "same strings of p"),
+        ({"candidates": ["a"], "rtol": 0.1}, "same strings of p"),
+        ({"candidates": ["a"], "both": True, "text": "t.txt"}, "neither model wrote"),
+        ({"candidates": ["a"], "cache_limit": "1GB"}, "--cache FOLDER"),
+        ({"candidates": ["a"], "both": "yes"}, "true or false"),
+        ({"candidates": ["a"], "sample": 3}, "did you mean 'samples'"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options, expected):
+    with pytest.raises(ValueError, match=expected):
+        CompareSettings.from_mapping({"p": "p", **options})
+
+
+def test_settings_survive_a_round_trip():
+    one = CompareSettings.from_mapping({"p": "p", "candidates": ["a", "b"], "both": True, "seed": 4})
+    assert CompareSettings.from_mapping(one.to_dict()) == one
