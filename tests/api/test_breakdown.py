@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from klkit.api.breakdown import PositionSums, TokenSums, breakdown, by_position, by_token, position_bins
-from klkit.api.strings import Plan, run_strings
+from klkit.api.plan import Plan
+from klkit.api.strings import run_strings
 from klkit.estimators.statistics import TokenStatistics
 from klkit.models.automaton import random_automaton
 from klkit.rng import numpy_stream, stream

@@ -11,9 +11,10 @@ import torch
 import klkit
 from klkit.api.breakdown import position_bins
 from klkit.api.gather import Gathered
+from klkit.api.plan import Plan
 from klkit.api.run import measure, run
 from klkit.api.settings import Settings
-from klkit.api.strings import Plan, run_strings
+from klkit.api.strings import run_strings
 from klkit.estimators.statistics import TokenStatistics
 from klkit.models.automaton import coin, random_automaton
 from klkit.report.record import RunFolder, RunFolderError

@@ -2,7 +2,7 @@
 
 import torch
 
-from klkit.api.strings import MostProbable
+from klkit.api.batches import MostProbable
 from klkit.divergences import backends
 from klkit.estimators.statistics import collect
 from klkit.models.automaton import random_automaton

@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from klkit.api.strings import Plan, run_strings
+from klkit.api.plan import Plan
+from klkit.api.strings import run_strings
 from klkit.estimators.statistics import TokenStatistics
 from klkit.models.automaton import random_automaton
 from klkit.report import shards

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from klkit.api.strings import Plan
+from klkit.api.plan import Plan
 from klkit.stats.intervals import Interval
 
 PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "interval_coverage.py"

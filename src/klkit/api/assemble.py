@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from klkit.api.breakdown import no_breakdown
-from klkit.api.companions import describe_floor, per_token, text_rows
+from klkit.api.companions import describe_floor, engine_gaps, per_token, text_rows
 from klkit.api.gather import Gathered
-from klkit.api.settings import Settings
-from klkit.api.strings import Plan
+from klkit.api.plan import Plan
+from klkit.api.settings import KLKIT, Settings
 from klkit.api.text import Windows
 from klkit.api.words import both_audits, lines, renamed, say
 from klkit.estimators import mixture, summarise
@@ -28,6 +28,7 @@ from klkit.stats.tails import tail
 
 TABLE = ("rb_cv", "rb", "mc", "cv_string", "k3_string", "k3_token", "ht")
 TWO_PASSES = "sampling pass against a teacher-forced pass of the same model"
+TWO_BATCHES = "two batches of other shapes, by the same model"
 
 
 def from_strings(
@@ -53,8 +54,9 @@ def from_strings(
     headline = next(e for e in table if e.method == settings.method)
     # Per token little is left for variates to explain (a long string's large sum is no surprise), so rb it is.
     rate = estimate("mc" if settings.method == "mc" else "rb", "R")
-    checks = audit(whole.tally, same=p is q, pieces=p.pieces, floor=whole.floor, precision=p.dtype)
-    floor = describe_floor(whole.floor, TWO_PASSES, settings.floor)
+    engine = settings.sampler != KLKIT
+    checks = audit(whole.tally, engine=engine, same=p is q, pieces=p.pieces, floor=whole.floor, precision=p.dtype)
+    floor = describe_floor(whole.floor, TWO_BATCHES if engine else TWO_PASSES, settings.floor)
     if dtype_floor is not None:
         floor = describe_floor(dtype_floor, "the model in fp32 against the model as run", "dtype")
     return put_together(
@@ -180,6 +182,8 @@ def put_together(
         roles: what the run calls that model, and the one it is compared with.
     """
     companions = per_token(whole.strings, roles)
+    if settings.sampler != KLKIT:
+        companions["engine"] = engine_gaps(whole.tally, roles[0])
     bound, shape = {}, {}
     # Half of a symmetric divergence is not broken down: it would be another quantity under the headline's name.
     parts = no_breakdown() if headline.divergence in ("js", "jeffreys") else whole.parts(model)

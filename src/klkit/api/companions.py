@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from klkit.api.words import interval_text
+from klkit.estimators.audit import mismatch
 from klkit.estimators.strings import StringStatistics
+from klkit.estimators.tally import Tally
 from klkit.results import Estimate, jsonable
 from klkit.stats.intervals import cluster_totals, ratio_interval, ratio_stderr
 from klkit.stats.quantiles import quantile_interval
@@ -48,6 +50,17 @@ def per_token(strings: StringStatistics, roles: tuple[str, str] = ("p", "q")) ->
     totals, weights = cluster_totals(lengths, np.ones(len(lengths)), cluster)
     found["mean_length"] = {"value": float(lengths.mean()), "stderr": jsonable(ratio_stderr(totals, weights))}
     return found
+
+
+def engine_gaps(tally: Tally, model: str) -> dict[str, Any]:
+    """How far the engine that drew the strings is from the ``model`` that scores them, per token."""
+    value, error = mismatch(tally.strings())
+    gaps = tally.evidence.gaps
+    return {
+        f"kl_engine_{model}": {"value": jsonable(value), "stderr": jsonable(error)},
+        "largest_gap": jsonable(gaps.largest),
+        "share_outside_tenth": gaps.outside / max(tally.evidence.decisions, 1),
+    }
 
 
 def text_rows(strings: StringStatistics, kl: NDArray[np.float64], headline: Estimate) -> list[dict[str, Any]]:

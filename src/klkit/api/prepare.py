@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -13,18 +14,20 @@ import torch
 from torch import Tensor
 
 from klkit import __version__
+from klkit.api.plan import Plan
 from klkit.api.settings import CAP_STRINGS, DEFAULT_STRINGS, Settings
-from klkit.api.strings import Plan
+from klkit.api.strings import ALONE
 from klkit.models.align import align, context_note
 from klkit.models.base import LanguageModel
 from klkit.models.spec import ModelSpec, load_pair
 from klkit.models.wrap import temperature
 from klkit.sequences import Prompts
 from klkit.stats.intervals import MINIMUM_CLUSTERS
+from klkit.train.processes import Processes
 from klkit.train.records import resolve
 
 MEMORY = "memory:"  # stands for prompts that were given in Python, in the record of a run
-VERSIONS = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft")
+VERSIONS = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft", "accelerate", "vllm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +57,21 @@ def resolved(settings: Settings) -> Settings:
                 f"expected {name} in a file, got a run whose {name} were given in Python ({source}), which cannot be "
                 f"repeated from its config; write them to a file, or repeat the Python call"
             )
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     return replace(
         settings,
         p=_absolute(settings.p),
         q=_absolute(settings.q),
         prompts=None if settings.prompts is None else _absolute_file(settings.prompts),
         text=None if settings.text is None else _absolute_file(settings.text),
-        device=device,
+        device=device_of(settings),
     )
+
+
+def device_of(settings: Settings) -> str:
+    """Where the models run, with the automatic choice made."""
+    if settings.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return settings.device
 
 
 def _absolute_file(source: str) -> str:
@@ -77,17 +84,28 @@ def _absolute(spec: str) -> str:
     return f"{folder.resolve()}{comma}{options}" if folder.is_dir() else spec
 
 
-def load_models(settings: Settings) -> tuple[LanguageModel, LanguageModel]:
-    """Load both models, with the run's dtype and device where their specifications say nothing."""
-    p, q = load_pair(with_defaults(settings, settings.p), with_defaults(settings, settings.q))
+def load_models(settings: Settings, processes: Processes = ALONE) -> tuple[LanguageModel, LanguageModel]:
+    """Load both models, with the run's dtype and the process's device where their specifications say nothing.
+
+    Raises:
+        ValueError: one of several processes would put a model on the devices of the others.
+    """
+    p, q = load_pair(with_defaults(settings, settings.p, processes), with_defaults(settings, settings.q, processes))
     return p, q
 
 
-def with_defaults(settings: Settings, text: str) -> str:
-    """A specification with the run's dtype and device where it says nothing itself."""
-    if settings.device != "cpu" and "device=" not in text and "device_map=" not in text:
-        text += f",device={settings.device}"
-    if settings.dtype != "auto" and ModelSpec.parse(text).dtype is None:
+def with_defaults(settings: Settings, text: str, processes: Processes = ALONE) -> str:
+    """A specification with the run's dtype and the process's device where it says nothing itself."""
+    spec = ModelSpec.parse(text)
+    if processes.count > 1 and spec.device_map is not None:
+        raise ValueError(
+            f"expected models that fit one device under {processes.count} processes, got {text!r}, which each of them "
+            f"would spread over the devices of all; run one process (leave the launcher out), or leave device_map out"
+        )
+    device = processes.device if processes.count > 1 else settings.device
+    if device != "cpu" and "device=" not in text and "device_map=" not in text:
+        text += f",device={device}"
+    if settings.dtype != "auto" and spec.dtype is None:
         text += f",dtype={settings.dtype}"
     return text
 
@@ -215,3 +233,19 @@ def contexts_digest(plan: Plan) -> str:
         for context in contexts:
             digest.update(repr(context.tolist()).encode())
     return digest.hexdigest()[:16]
+
+
+def require_alike(env: Mapping[str, Any], processes: Processes) -> None:
+    """Refuse processes that do not hold the same models and prompts: on several machines files may differ.
+
+    Raises:
+        ValueError: what differs, in every process.
+    """
+    mine = {key: env.get(key) for key in ("models", "contexts", "files")}
+    all_of_them = processes.gather(mine)
+    differing = [key for key in mine if any(other[key] != all_of_them[0][key] for other in all_of_them)]
+    if differing:
+        raise ValueError(
+            f"expected the same models and prompts in all {processes.count} processes, got other "
+            f"{' and '.join(differing)} in some of them; give every machine the same files and revisions"
+        )

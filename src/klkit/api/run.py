@@ -1,16 +1,25 @@
-"""One run, from settings to a result: load, align, draw, score, check, assemble, write."""
+"""One run, from settings to a result: load, align, draw, score, check, assemble, write.
+
+Several processes share the batches (:mod:`klkit.api.rounds`); each loads both models, and the first alone reads and
+writes the run folder and puts the result together, which all of them return.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from klkit.api.assemble import from_strings, from_text, from_two_directions
+from klkit.api.batches import batches_of, describe, dtype_floor, no_details
+from klkit.api.drawn import Sampler
 from klkit.api.gather import Gathered
+from klkit.api.plan import Plan
 from klkit.api.prepare import (
     Pair,
     contexts_digest,
@@ -19,21 +28,14 @@ from klkit.api.prepare import (
     load_models,
     make_plan,
     prepare,
+    require_alike,
     resolved,
     with_defaults,
 )
 from klkit.api.prompts import read_documents, read_prompts
-from klkit.api.settings import Settings
-from klkit.api.strings import (
-    Observer,
-    Plan,
-    batches_of,
-    describe,
-    dtype_floor,
-    mend_samples,
-    no_details,
-    run_strings,
-)
+from klkit.api.rounds import in_rounds
+from klkit.api.settings import KLKIT, Settings
+from klkit.api.strings import ALONE, Observer, run_strings, stored
 from klkit.api.text import Windows, cut
 from klkit.estimators import summarise
 from klkit.estimators.statistics import score
@@ -46,43 +48,59 @@ from klkit.report.record import RunFolder
 from klkit.report.shards import Batch, Shown
 from klkit.results import Comparison
 from klkit.sequences import Prompts
+from klkit.train.processes import Processes
 
 TOKEN_FEATURES = 16
 
 
 def run(
-    settings: Settings, *, out: Path | None = None, resume: bool = False, observe: Observer | None = None
+    settings: Settings,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    observe: Observer | None = None,
+    sampler: Sampler | None = None,
+    processes: Processes = ALONE,
 ) -> Comparison:
     """Carry out ``settings``: the whole of what ``klkit estimate`` does.
 
     Args:
         out: run folder; None keeps nothing.
         resume: continue the run in ``out``.
-        observe: called after every batch.
+        observe: called after every batch, in the first process.
+        sampler: draws the strings, where ``settings.sampler`` is not klkit.
+        processes: that share the work (:func:`klkit.train.processes.open_processes`); each calls this function.
 
     Raises:
         ValueError: options, files or models that cannot be used, each with what to do instead.
         OSError: a file or checkpoint that is not there.
     """
-    if resume and out is not None and (out / "result.json").is_file():
-        raise ValueError(
-            f"expected an unfinished run in {out} for --resume, got a finished one; read it with: klkit report {out}"
+
+    def loaded() -> dict[str, Any]:
+        if processes.first and resume and out is not None and (out / "result.json").is_file():
+            raise ValueError(
+                f"expected an unfinished run in {out} for --resume, got a finished one; read it with: klkit report "
+                f"{out}"
+            )
+        prompts = read_prompts(settings.prompts, settings.column) if settings.prompts is not None else None
+        documents = (
+            read_documents(settings.text, "text" if settings.column == "prompt" else settings.column)
+            if settings.text
+            else None
         )
-    settings = resolved(settings)
-    prompts = read_prompts(settings.prompts, settings.column) if settings.prompts is not None else None
-    documents = (
-        read_documents(settings.text, "text" if settings.column == "prompt" else settings.column)
-        if settings.text
-        else None
-    )
-    p, q = load_models(settings)
-    # Loaded before anything is drawn: what cannot be measured should not be found out at the end.
-    wide = None
-    if settings.floor == "dtype":
-        sampled = settings.q if settings.divergence == "reverse_kl" else settings.p
-        wide = load(with_defaults(settings, sampled), dtype="float32")
+        p, q = load_models(settings, processes)
+        # Loaded before anything is drawn: what cannot be measured should not be found out at the end.
+        wide = None
+        if settings.floor == "dtype":
+            sampled = settings.q if settings.divergence == "reverse_kl" else settings.p
+            wide = load(with_defaults(settings, sampled, processes), dtype="float32")
+        return {"p": p, "q": q, "prompts": prompts, "wide": wide, "documents": documents}
+
+    settings = processes.everywhere(lambda: resolved(settings))
+    found = processes.everywhere(loaded)
+    p, q = found.pop("p"), found.pop("q")
     return measure(
-        p, q, settings, prompts=prompts, wide=wide, documents=documents, out=out, resume=resume, observe=observe
+        p, q, settings, **found, out=out, resume=resume, observe=observe, sampler=sampler, processes=processes
     )
 
 
@@ -97,11 +115,15 @@ def measure(
     out: Path | None = None,
     resume: bool = False,
     observe: Observer | None = None,
+    sampler: Sampler | None = None,
+    processes: Processes = ALONE,
 ) -> Comparison:
     """Compare two loaded models as ``settings`` say, on ``prompts`` or on the fixed text ``documents``.
 
     Args:
         wide: the sampled model in fp32, for the floor ``dtype``.
+        sampler: as for :func:`run`.
+        processes: that share the work; each brings the same two models.
 
     Raises:
         ValueError: as :func:`run`.
@@ -111,38 +133,72 @@ def measure(
             "expected models by name for the floor 'dtype', got loaded ones: klkit cannot load their fp32 form; "
             "give specifications, or leave floor out"
         )
-    pair = prepare(p, q, settings, prompts)
-    env = environment(settings, pair)
-    if documents is not None:
-        windows = cut(
-            documents, lambda text: document_ids(pair.p, text), shortest(settings.context, pair.p.window, pair.q.window)
+    if (settings.sampler == KLKIT) != (sampler is None):
+        raise ValueError(
+            f"expected a sampler exactly where the settings name another one than {KLKIT}, got the setting "
+            f"{settings.sampler!r} {'without' if sampler is None else 'and'} a sampler; on the command line --sampler "
+            f"vllm opens one, in Python give both (klkit.integrations.engine.sampler)"
         )
-        folder = start(out, settings, env, resume)
-        whole, result = measure_text(pair, settings, windows, env, folder)
+    share = Share(processes, observe if processes.first else None, sampler)
+    if documents is not None:
+        result = measure_text(p, q, settings, documents, out, resume, share)
     else:
-        plan, notes = make_plan(pair, settings, prompts)
-        pair = replace(pair, notes=(*pair.notes, *notes))
-        env["contexts"] = contexts_digest(plan)
-        settings = replace(settings, samples=plan.samples, max_tokens=plan.max_tokens)
-        folder = start(out, settings, env, resume)
-        if settings.divergence in ("js", "jeffreys"):
-            whole, result = measure_both(pair, plan, settings, env, folder, resume, observe)
-        else:
-            reverse = settings.divergence == "reverse_kl"
-            if reverse:
-                pair, plan = pair.swapped(), plan.swapped()
-            if wide is not None:
-                wide = prepare(wide, pair.q, settings, prompts).p
-            whole, result = measure_strings(pair, plan, settings, env, wide, folder, observe)
-    if folder is not None:
-        folder.finish(result.to_dict(), shown_texts(pair.p, whole.shown))
-        write_report(folder)
+        result = measure_prompts(p, q, settings, prompts, wide, out, resume, share)
     return result
 
 
-def start(out: Path | None, settings: Settings, env: Mapping[str, Any], resume: bool) -> RunFolder | None:
-    """The run folder, if one is wanted."""
-    return None if out is None else RunFolder.create(out, settings.to_dict(), env, resume=resume)
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How a run is carried out: what changes nothing in its result.
+
+    Attributes:
+        processes: that share the work.
+        observe: called after every batch, in the first process.
+        sampler: draws the strings, if klkit does not.
+    """
+
+    processes: Processes
+    observe: Observer | None
+    sampler: Sampler | None
+
+
+def measure_prompts(
+    p: LanguageModel,
+    q: LanguageModel,
+    settings: Settings,
+    prompts: Prompts | None,
+    wide: LanguageModel | None,
+    out: Path | None,
+    resume: bool,
+    share: Share,
+) -> Comparison:
+    """Estimand S and R, and what is put together from both directions."""
+
+    def ready() -> tuple[Pair, Plan, dict[str, Any], LanguageModel | None]:
+        pair = prepare(p, q, settings, prompts)
+        plan, notes = make_plan(pair, settings, prompts)
+        pair = replace(pair, notes=(*pair.notes, *notes))
+        env = environment(settings, pair) | {"contexts": contexts_digest(plan)}
+        if settings.divergence == "reverse_kl":
+            pair, plan = pair.swapped(), plan.swapped()
+        return pair, plan, env, None if wide is None else prepare(wide, pair.q, settings, prompts).p
+
+    pair, plan, env, wide = share.processes.everywhere(ready)
+    require_alike(env, share.processes)
+    settings = replace(settings, samples=plan.samples, max_tokens=plan.max_tokens)
+    folder = start(out, settings, env, resume, share.processes)
+    if settings.divergence in ("js", "jeffreys"):
+        return measure_both(pair, plan, settings, env, folder, resume, share)
+    return measure_strings(pair, plan, settings, env, wide, folder, share)
+
+
+def start(
+    out: Path | None, settings: Settings, env: Mapping[str, Any], resume: bool, processes: Processes
+) -> RunFolder | None:
+    """The run folder, if one is wanted: made by the first process, and for it alone."""
+    if out is None:
+        return None
+    return processes.by_first(lambda: RunFolder.create(out, settings.to_dict(), env, resume=resume))
 
 
 def shortest(*limits: int | None) -> int:
@@ -157,27 +213,35 @@ def measure_strings(
     env: Mapping[str, Any],
     wide: LanguageModel | None,
     folder: RunFolder | None,
-    observe: Observer | None,
-) -> tuple[Gathered, Comparison]:
+    share: Share,
+) -> Comparison:
     """Estimand S and R from strings of ``pair.p``."""
-    whole = draw_strings(pair, plan, settings, folder, observe)
-    if settings.rtol is not None and not narrow_enough(whole.tally, settings):
-        cut_short = (
-            f"the interval is still wider than rtol={settings.rtol:g} allows: {plan.total} strings were the limit"
-        )
-        pair = replace(pair, notes=(*pair.notes, cut_short))
-    floor = None if wide is None else dtype_floor(wide, pair.p, whole.shown.statistics.x)
-    return whole, from_strings(whole, pair.p, pair.q, settings, plan, pair.notes, env, floor)
+    whole = draw_strings(pair, plan, settings, folder, share)
+
+    def result() -> Comparison:
+        notes = pair.notes
+        if settings.rtol is not None and not narrow_enough(whole.tally, settings):
+            notes = (
+                *notes,
+                f"the interval is still wider than rtol={settings.rtol:g} allows: {plan.total} strings were the limit",
+            )
+        floor = None if wide is None else dtype_floor(wide, pair.p, whole.shown.statistics.x)
+        found = from_strings(whole, pair.p, pair.q, settings, plan, notes, env, floor)
+        finish(folder, found, whole, pair.p)
+        return found
+
+    return share.processes.by_first(result)
+
+
+def finish(folder: RunFolder | None, result: Comparison, whole: Gathered, model: LanguageModel) -> None:
+    """Write the result and its page into the run folder, if there is one."""
+    if folder is not None:
+        folder.finish(result.to_dict(), shown_texts(model, whole.shown))
+        write_report(folder)
 
 
 def draw_strings(
-    pair: Pair,
-    plan: Plan,
-    settings: Settings,
-    folder: RunFolder | None,
-    observe: Observer | None,
-    *,
-    mixture: bool = False,
+    pair: Pair, plan: Plan, settings: Settings, folder: RunFolder | None, share: Share, *, mixture: bool = False
 ) -> Gathered:
     """The strings of one direction, drawn, scored and summed up."""
     found = Gathered(plan.clusters)
@@ -189,7 +253,9 @@ def draw_strings(
         mixture=mixture,
         enough=None if settings.rtol is None else lambda: narrow_enough(found.tally, settings),
         folder=folder,
-        observe=observe,
+        observe=share.observe,
+        sampler=share.sampler,
+        processes=share.processes,
     )
     return found
 
@@ -204,21 +270,29 @@ def draw_batches(
     enough: Callable[[], bool] | None = None,
     folder: RunFolder | None = None,
     observe: Observer | None = None,
+    sampler: Sampler | None = None,
+    processes: Processes = ALONE,
 ) -> None:
     """Draw and score the strings of one direction as ``settings`` say, and hand over every batch."""
-    embedding = pair.p.embedding()
+
+    def features() -> Float[Tensor, "v f"] | None:
+        embedding = pair.p.embedding()
+        return None if embedding is None else token_features(embedding, TOKEN_FEATURES)
+
     run_strings(
         pair.p,
         pair.q,
         plan,
         keep=keep,
         batch_size=settings.batch_size,
-        features=None if embedding is None else token_features(embedding, TOKEN_FEATURES),
+        features=processes.everywhere(features),
         mixture=mixture,
         floor=settings.floor != "none",
         enough=enough,
         folder=folder,
         observe=observe,
+        sampler=sampler,
+        processes=processes,
     )
 
 
@@ -238,39 +312,68 @@ def measure_both(
     env: Mapping[str, Any],
     folder: RunFolder | None,
     resume: bool,
-    observe: Observer | None,
-) -> tuple[Gathered, Comparison]:
+    share: Share,
+) -> Comparison:
     """Jensen-Shannon or Jeffreys: half from strings of ``p``, half from strings of ``q``."""
     mixture = settings.divergence == "js"
-    below = None
-    if folder is not None:
-        below = RunFolder.create(folder.path / "from_q", settings.to_dict(), env, resume=resume)
-    forward = draw_strings(pair, plan, settings, folder, observe, mixture=mixture)
-    backward = draw_strings(pair.swapped(), plan.swapped(), settings, below, observe, mixture=mixture)
-    result = from_two_directions(forward, backward, pair.p, pair.q, settings, plan, pair.notes, env)
-    if below is not None:
-        below.finish(result.to_dict(), shown_texts(pair.p, backward.shown))
-    return forward, result
+    below = start(None if folder is None else folder.path / "from_q", settings, env, resume, share.processes)
+    forward = draw_strings(pair, plan, settings, folder, share, mixture=mixture)
+    backward = draw_strings(pair.swapped(), plan.swapped(), settings, below, share, mixture=mixture)
+
+    def result() -> Comparison:
+        found = from_two_directions(forward, backward, pair.p, pair.q, settings, plan, pair.notes, env)
+        if below is not None:
+            below.finish(found.to_dict(), shown_texts(pair.p, backward.shown))
+        finish(folder, found, forward, pair.p)
+        return found
+
+    return share.processes.by_first(result)
 
 
 def measure_text(
-    pair: Pair, settings: Settings, windows: Windows, env: Mapping[str, Any], folder: RunFolder | None
-) -> tuple[Gathered, Comparison]:
-    """Estimand F: both models read the windows; nothing is sampled."""
+    p: LanguageModel,
+    q: LanguageModel,
+    settings: Settings,
+    documents: Sequence[str],
+    out: Path | None,
+    resume: bool,
+    share: Share,
+) -> Comparison:
+    """Estimand F: both models read the windows of a fixed text; nothing is sampled."""
+
+    def ready() -> tuple[Pair, dict[str, Any], Windows]:
+        pair = prepare(p, q, settings)
+        context = shortest(settings.context, pair.p.window, pair.q.window)
+        return pair, environment(settings, pair), cut(documents, lambda text: document_ids(pair.p, text), context)
+
+    processes = share.processes
+    pair, env, windows = processes.everywhere(ready)
+    require_alike(env, processes)
+    folder = start(out, settings, env, resume, processes)
     size = settings.batch_size if isinstance(settings.batch_size, int) else 16
-    found = Gathered(0, every=True)
-    stored = 0
-    if folder is not None:
-        for batch in folder.batches():
-            found.add(batch)
-            stored += 1
-        mend_samples(folder, pair.p, len(found))
-    for number, rows in enumerate(batches_of(len(windows.x), size, start=len(found)), start=stored):
-        batch = Batch(score(pair.p, pair.q, windows.x.select(rows), batch_size=size), no_details(), torch.zeros(0))
+    found, number = Gathered(0, every=True), 0
+
+    def work(rows: Tensor) -> Batch:
+        return Batch(score(pair.p, pair.q, windows.x.select(rows), batch_size=size), no_details(), torch.zeros(0))
+
+    def store(batch: Batch) -> None:
         if folder is not None:
             folder.append(number, batch, describe(pair.p, batch.statistics))
+
+    for batch in () if folder is None else stored(folder, pair.p, processes):
         found.add(batch)
-    return found, from_text(found, pair.p, pair.q, settings, windows, pair.notes, env)
+        number += 1
+    for batch in in_rounds(batches_of(len(windows.x), size, start=len(found)), work, processes):
+        processes.by_first(lambda batch=batch: store(batch))  # type: ignore[misc]
+        found.add(batch)
+        number += 1
+
+    def result() -> Comparison:
+        made = from_text(found, pair.p, pair.q, settings, windows, pair.notes, env)
+        finish(folder, made, found, pair.p)
+        return made
+
+    return processes.by_first(result)
 
 
 def shown_texts(model: LanguageModel, shown: Shown) -> dict[int, str]:

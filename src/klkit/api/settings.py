@@ -12,6 +12,8 @@ METHODS = ("rb_cv", "rb", "mc", "k3_string", "cv_string", "k3_token", "ht")
 DIVERGENCES = ("kl", "reverse_kl", "js", "jeffreys")
 FLOORS = ("batch", "dtype", "none")
 UNITS = ("nats", "bits")
+KLKIT, VLLM = "klkit", "vllm"
+SAMPLERS = (KLKIT, VLLM)
 WHOLE_NUMBERS = ("samples", "max_tokens", "context", "seed")
 NUMBERS = ("temperature", "rtol")
 ABSENT = ("prompts", "text", "samples", "rtol")  # options that may be None
@@ -41,6 +43,7 @@ class Settings:
         batch_size: strings a batch, or "auto".
         seed: names every random draw of the run.
         rtol: stop when the half-width of the 95 % interval is below this share of the estimate.
+        sampler: what draws the strings: ``klkit``, or ``vllm`` with any options of its engine, joined by commas.
         floor: how the numerical floor is measured: ``batch``, ``dtype`` or ``none``.
         shared_only: compare conditionally on the tokens that both vocabularies have.
         unit: ``nats`` or ``bits``, for printing.
@@ -62,6 +65,7 @@ class Settings:
     batch_size: int | str = "auto"
     seed: int = 0
     rtol: float | None = None
+    sampler: str = KLKIT
     floor: str = "batch"
     shared_only: bool = False
     unit: str = "nats"
@@ -71,6 +75,7 @@ class Settings:
         _choice("divergence", self.divergence, DIVERGENCES)
         _choice("floor", self.floor, FLOORS)
         _choice("unit", self.unit, UNITS)
+        _choice("sampler", self.sampler if self.sampler == KLKIT else self.sampler.partition(",")[0], SAMPLERS)
         for name in ("samples", "max_tokens", "context", "batch_size"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
@@ -100,13 +105,17 @@ class Settings:
         if self.text is None:
             idle, why = given("context"), "windows are cut from --text only"
         else:
-            idle = given("prompts", "divergence", "rtol", "samples", "max_tokens", "method")
+            idle = given("prompts", "divergence", "rtol", "samples", "max_tokens", "method", "sampler")
             idle += ["floor"] if self.floor == "dtype" else []
             why = "with --text nothing is sampled: every token of the text is scored once, exactly"
         if self.divergence in ("js", "jeffreys"):
             idle += given("rtol") + (["floor"] if self.floor == "dtype" else [])
             idle += ["method"] if self.method not in ("rb", "rb_cv") else []
             why = f"{self.divergence} is put together from two runs of fixed size, by rb (jeffreys: also by rb_cv)"
+        if self.sampler != KLKIT and not idle:
+            idle = given("temperature", "shared_only")
+            idle += ["divergence"] if self.divergence in ("js", "jeffreys") else []
+            why = "an engine draws from one model, as it is"
         if idle:
             named = ", ".join(f"{name}={getattr(self, name)!r}" for name in idle)
             raise ValueError(

@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from klkit.api.drawn import Sampler
 from klkit.api.prepare import MEMORY, load_models, resolved
 from klkit.api.prompts import read_prompts
 from klkit.api.run import measure, run
 from klkit.api.settings import Settings
-from klkit.api.strings import Observer
+from klkit.api.strings import ALONE, Observer
 from klkit.models.base import LanguageModel
 from klkit.results import Comparison
 from klkit.sequences import Content, Prompts
+from klkit.train.processes import Processes
 
 
 def estimate(
@@ -25,6 +27,8 @@ def estimate(
     out: str | Path | None = None,
     resume: bool = False,
     observe: Observer | None = None,
+    draw: Sampler | None = None,
+    processes: Processes = ALONE,
     **options: Any,
 ) -> Comparison:
     """Estimate ``KL(p‖q) = E_{y∼p} Σ_n Σ_a p(a|y_<n) (log p(a|y_<n) − log q(a|y_<n))``, in nats per response.
@@ -36,6 +40,10 @@ def estimate(
         out: run folder to write, with a report; None keeps nothing on disk.
         resume: continue the run in ``out``.
         observe: called after every batch with the state of the run.
+        draw: draws the strings in klkit's stead, together with ``sampler="vllm"``: what
+            :func:`klkit.integrations.engine.sampler` makes, or any function of that kind.
+        processes: that share the work, each of which calls this function: see
+            :func:`klkit.train.processes.open_processes`.
         options: any option of :class:`klkit.api.settings.Settings`: ``samples``, ``max_tokens``,
             ``temperature``, ``divergence``, ``method``, ``seed``, ``rtol``, ``batch_size``, …
 
@@ -63,16 +71,26 @@ def estimate(
             f"load both with klkit.load"
         )
     if named and prompts is None:
-        return run(settings, out=folder, resume=resume, observe=observe)
+        return run(settings, out=folder, resume=resume, observe=observe, sampler=draw, processes=processes)
     if isinstance(p, str) or isinstance(q, str):
-        settings = resolved(settings)
-        p, q = load_models(settings)
+        settings = processes.everywhere(lambda: resolved(settings))
+        p, q = processes.everywhere(lambda: load_models(settings, processes))
     if settings.prompts is not None:
-        prompts = read_prompts(settings.prompts, settings.column)
+        prompts = processes.everywhere(lambda: read_prompts(str(settings.prompts), settings.column))
     elif prompts is not None:
         prompts = prompts if isinstance(prompts, Prompts) else Prompts(tuple(prompts))
         settings = replace(settings, prompts=f"{MEMORY}{len(prompts)} prompts")
-    return measure(p, q, settings, prompts=prompts, out=folder, resume=resume, observe=observe)
+    return measure(
+        p,
+        q,
+        settings,
+        prompts=prompts,
+        out=folder,
+        resume=resume,
+        observe=observe,
+        sampler=draw,
+        processes=processes,
+    )
 
 
 def _name(model: LanguageModel | str) -> str:

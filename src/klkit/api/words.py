@@ -101,6 +101,9 @@ def lines(
         said["audit"] = f"passed {len(checks)} checks" + (f" ({', '.join(scores)})" if scores else "")
         if audited["exempt"]:
             said["audit"] += f"; {audited['exempt']}"
+    engine = checks.get("engine_mismatch")
+    if engine is not None and engine["verdict"] == "pass":
+        said["engine"] = engine["advice"]
     for name in warned:
         label = "warning" if name == warned[0] else f"warning {warned.index(name) + 1}"
         whose = name[name.index("(") + 1 : -1] + ": " if name.endswith(")") else ""

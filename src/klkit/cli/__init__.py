@@ -26,6 +26,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         message = str(error) or type(error).__name__
         print(f"klkit: {message}", file=sys.stderr)
-        if not isinstance(error, (ValueError, OSError)):
+        if not isinstance(error, (ValueError, OSError)) and not message.startswith("expected"):
             print("klkit: set KLKIT_TRACEBACK=1 to see where this came from", file=sys.stderr)
         sys.exit(BAD_INPUT)

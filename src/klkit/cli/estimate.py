@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from klkit.cli import AUDIT_FAILED, INTERRUPTED
+
+if TYPE_CHECKING:
+    from klkit.api.settings import Settings
+    from klkit.cli.progress import Watcher
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -22,7 +26,9 @@ klkit estimate org/policy org/reference --prompts prompts.jsonl --samples 4
 
 klkit estimate org/base org/base,peft=./adapter --rtol 0.05
 
-klkit estimate org/model ./model-int4 --text wiki.txt"""
+klkit estimate org/model ./model-int4 --text wiki.txt
+
+torchrun --nproc-per-node 8 -m klkit estimate org/policy org/reference --prompts prompts.jsonl"""
 
 WHAT, HOW, WHERE = "What is measured", "How it is computed", "What is printed and kept"
 ModelSpec = Annotated[
@@ -117,6 +123,14 @@ def estimate_command(
         str | None,
         typer.Option(help="Strings a batch, or auto; changes no result. \\[default: auto]", rich_help_panel=HOW),
     ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            help="What draws the strings: klkit, or vllm with options of its engine, as in "
+            "vllm,gpu_memory_utilization=0.4. \\[default: klkit]",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
     floor: Annotated[
         str | None,
         typer.Option(
@@ -146,7 +160,8 @@ def estimate_command(
         "p": p, "q": q, "prompts": prompts, "column": column, "text": text, "context": context,
         "divergence": divergence, "samples": samples, "max_tokens": max_tokens, "temperature": temperature,
         "shared_only": shared_only, "method": method, "rtol": rtol, "seed": seed, "dtype": dtype,
-        "device": device, "batch_size": batch_size, "floor": floor, "unit": unit,
+        "device": device, "batch_size": batch_size, "sampler": sampler, "floor": floor,
+        "unit": unit,
     }  # fmt: skip
     options = read_config(config) if config is not None else {}
     options |= {name: value for name, value in given.items() if value is not None}
@@ -221,38 +236,66 @@ def default_folder(p: str, q: str) -> Path:
     return Path("klkit-runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{short(p)}-{short(q)}"
 
 
-def carry_out(settings: Any, out: Path | None, json_path: str | None, resume: bool) -> None:
+def carry_out(settings: Settings, out: Path | None, json_path: str | None, resume: bool) -> None:
     """Run the settings with progress, print the result, and exit by the audit's verdict."""
     if resume and out is None:
         raise ValueError("expected the folder of the run to continue, got --resume alone; add --out FOLDER")
-    folder = out if out is not None else default_folder(settings.p, settings.q)
+    draw = open_sampler(settings)
+    from klkit.api.prepare import device_of
     from klkit.cli.progress import Watcher
     from klkit.cli.show import show_result
+    from klkit.train.processes import open_processes
 
-    quiet = json_path == "-"
-    with Watcher(settings.unit) as watcher:
+    with open_processes(device_of(settings)) as processes, Watcher(settings.unit) as watcher:
+        # A name that another process would make up a second later is another name.
+        folder = out or processes.by_first(lambda: default_folder(settings.p, settings.q))
         try:
             from klkit.api.run import run
 
             # A million objects of imported libraries that never die: the collector need not look at them again.
             gc.freeze()
-            result = run(settings, out=folder, resume=resume, observe=watcher.observe)
+            observe = watcher.observe if processes.first else None
+            result = run(settings, out=folder, resume=resume, observe=observe, sampler=draw, processes=processes)
         except KeyboardInterrupt:
             watcher.close()
-            if not (folder / "config.yaml").is_file():
-                print("\nklkit: interrupted before anything was drawn", file=sys.stderr)
-            else:
-                command = f"klkit run {quote(str(folder / 'config.yaml'))} --out {quote(str(folder))} --resume"
-                kept = f"{watcher.last.strings} strings are kept" if watcher.last else "finished batches are kept"
-                print(f"\nklkit: interrupted; {kept}. Continue with:\n  {command}", file=sys.stderr)
+            if processes.first:
+                say_interrupted(folder, watcher)
             sys.exit(INTERRUPTED)
-    if not quiet:
-        show_result(result, folder)
-    if json_path is not None:
-        write_json(result.to_dict(), json_path)
+
+        def tell() -> None:
+            watcher.close()
+            if json_path != "-":
+                show_result(result, folder)
+            if json_path is not None:
+                write_json(result.to_dict(), json_path)
+
+        processes.by_first(tell)
     if result.failed:
-        print("klkit: the self-audit failed: do not use this number (see the audit above)", file=sys.stderr)
+        if processes.first:
+            print("klkit: the self-audit failed: do not use this number (see the audit above)", file=sys.stderr)
         sys.exit(AUDIT_FAILED)
+
+
+def open_sampler(settings: Settings) -> Any:
+    """What draws the strings in klkit's stead, if the settings name such a thing: checked before models are loaded."""
+    from klkit.api.settings import KLKIT
+
+    if settings.sampler == KLKIT:
+        return None
+    from klkit.integrations.engine import sampler
+
+    sampled = settings.q if settings.divergence == "reverse_kl" else settings.p
+    return sampler(sampled, settings.sampler)
+
+
+def say_interrupted(folder: Path, watcher: Watcher) -> None:
+    """Say what is kept of an interrupted run, and how to go on."""
+    if not (folder / "config.yaml").is_file():
+        print("\nklkit: interrupted before anything was drawn", file=sys.stderr)
+        return
+    command = f"klkit run {quote(str(folder / 'config.yaml'))} --out {quote(str(folder))} --resume"
+    kept = f"{watcher.last.strings} strings are kept" if watcher.last else "finished batches are kept"
+    print(f"\nklkit: interrupted; {kept}. Continue with:\n  {command}", file=sys.stderr)
 
 
 def write_json(result: Mapping[str, Any], target: str) -> None:

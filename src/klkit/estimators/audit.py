@@ -25,7 +25,7 @@ from klkit.estimators.evidence import Deviation, Evidence
 from klkit.estimators.strings import StringStatistics
 from klkit.estimators.tally import Statistics, Tally
 from klkit.results import jsonable
-from klkit.stats.intervals import cluster_totals
+from klkit.stats.intervals import cluster_totals, ratio_stderr
 from klkit.stats.student import student_quantile
 
 FALSE_ALARM = 1e-6  # probability that a correct pipeline fails any of the checks below
@@ -36,6 +36,15 @@ TRUNCATED = 0.05  # share of cut strings worth a warning
 EFFECTIVE = 0.1  # share of weighted strings that ought to count
 # Nats a token that two passes of one model may differ by: well above what is seen, well below what a bug does.
 TWO_PASSES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.05}
+
+
+# Nats a token, KL(engine‖p): more than other kernels explain, and what only another law does.
+MISMATCH = {
+    torch.float64: (1e-6, 1e-3),
+    torch.float32: (1e-6, 1e-3),
+    torch.bfloat16: (2e-3, 0.05),
+    torch.float16: (5e-4, 0.05),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +107,7 @@ def audit(
     statistics: Statistics,
     *,
     given: bool = False,
+    engine: bool = False,
     same: bool = False,
     pieces: Callable[[Sequence[int]], list[str]] | None = None,
     floor: Float[Tensor, " k"] | None = None,
@@ -111,6 +121,7 @@ def audit(
 
     Args:
         given: the strings are a text from elsewhere, so nothing about ``p``'s draws can be checked.
+        engine: the strings were drawn by an engine that is meant to serve ``p``, not by some other law.
         same: ``p`` and ``q`` are meant to be one model, so that a divergence of exactly 0 is no surprise.
         pieces: tokens to text, for the advice on excluded tokens (``model.pieces``).
         floor: ``KL(p‖p)`` between two passes of ``p`` over the first strings, one teacher-forced, ``(k,)``.
@@ -134,6 +145,9 @@ def audit(
     elif strings.foreign:
         exempt = "the strings were drawn by another law than p: their tokens cannot be tested against p"
         checks.append(weights(strings))
+        if engine:
+            exempt = "the strings were drawn by an engine: its log-probabilities, not p's, are what they follow"
+            checks.append(engine_mismatch(strings, evidence, precision))
     else:
         checks += [
             standardised(
@@ -232,6 +246,14 @@ def two_passes(strings: StringStatistics, floor: Float[Tensor, " k"], precision:
     decisions = int(strings.lengths[: len(floor)].sum())
     value = float(floor.sum()) / max(decisions, 1)
     threshold = TWO_PASSES[precision]
+    if strings.foreign:
+        if value > threshold:
+            advice = (
+                f"p in one batch differs from p in another by {value:.2g} nats a token, far more than rounding: look "
+                f"for padding that is read as text."
+            )
+            return Check("two_passes", value, threshold, "fail", advice)
+        return Check("two_passes", value, threshold, "pass", "p in one batch is p in another, up to rounding.")
     if value > threshold:
         advice = (
             f"p as it sampled differs from p reading the same strings by {value:.2g} nats a token, far more than "
@@ -251,6 +273,47 @@ def weights(strings: StringStatistics) -> Check:
         advice = f"{share:.1%} of the weighted strings count as many as p's own would: draw closer to p."
         return Check("effective_share", share, EFFECTIVE, "warn", advice)
     return Check("effective_share", share, EFFECTIVE, "pass", "Importance weights are spread over many strings.")
+
+
+def mismatch(strings: StringStatistics) -> tuple[float, float]:
+    """``KL(μ‖p)`` per token, ``μ`` the law that drew the strings, and its clustered standard error, in nats.
+
+    From ``exp(r) − 1 − r`` of the drawn tokens, ``r = log p − log μ``: never negative, and of that mean since
+    ``E_μ exp(r) = 1``. Infinite where ``p`` excludes what was drawn.
+
+    Source: J. Schulman (2020), Approximating KL Divergence, http://joschu.net/blog/kl-approx.html.
+    """
+    cluster = strings.cluster.numpy()
+    totals, lengths = cluster_totals(strings.mismatch.numpy(), strings.lengths.double().numpy(), cluster)
+    value = float(totals.sum() / max(lengths.sum(), 1))
+    return value, ratio_stderr(totals, lengths) if math.isfinite(value) else math.nan
+
+
+def engine_mismatch(strings: StringStatistics, evidence: Evidence, precision: torch.dtype) -> Check:
+    """``KL(engine‖p)`` per token: other kernels, or another model, adapter, precision or temperature.
+
+    Estimates weigh the strings, so the first costs precision only. The second is a mistake.
+    """
+    value, error = mismatch(strings)
+    usual, most = MISMATCH[precision]
+    share = evidence.gaps.outside / max(evidence.decisions, 1)
+    found = (
+        f"KL(engine‖p) is {value:.2g} ± {error:.1g} nats a token; log-probabilities differ by at most "
+        f"{evidence.gaps.largest:.2g}, and {share:.2%} of the tokens are more than 10 % more or less probable"
+    )
+    if value - WARNING * (error if math.isfinite(error) else 0.0) > most:
+        advice = (
+            f"{found}: the engine does not serve the p that scores; look for other weights or another revision, a "
+            f"missing adapter, a temperature, logprobs_mode, or the precision of weights and cache."
+        )
+        return Check("engine_mismatch", value, most, "fail", advice)
+    if value > usual:
+        advice = (
+            f"{found}: more than other kernels explain at this precision; the estimate allows for it by weights, but "
+            f"is less precise: serve the engine in the precision of p, without a quantised cache."
+        )
+        return Check("engine_mismatch", value, usual, "warn", advice)
+    return Check("engine_mismatch", value, usual, "pass", f"{found}.")
 
 
 def numbers(evidence: Evidence) -> Check:

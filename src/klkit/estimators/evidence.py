@@ -38,6 +38,27 @@ class Deviation:
 
 
 @dataclass(frozen=True, slots=True)
+class Gaps:
+    """How far ``p`` is, at the tokens drawn, from the law that drew them.
+
+    Attributes:
+        largest: ``max |log p(y_n) − log μ(y_n)|``.
+        outside: tokens whose ratio of probabilities ``p/μ`` is off 1 by more than a tenth.
+    """
+
+    largest: float = 0.0
+    outside: int = 0
+
+    @classmethod
+    def of(cls, ratio: Float[Tensor, " m"]) -> Gaps:
+        """Those of some decisions, from ``log p(y_n) − log μ(y_n)``."""
+        return cls(float(ratio.abs().max()) if len(ratio) else 0.0, count((ratio.exp() - 1).abs() > 0.1))
+
+    def __add__(self, other: Gaps) -> Gaps:
+        return Gaps(max(self.largest, other.largest), self.outside + other.outside)
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """What the decisions of a run say about where its strings come from, and about the numbers themselves.
 
@@ -53,6 +74,7 @@ class Evidence:
         infinite: decisions with such a token.
         excluded: how often each token was the most probable one of them.
         negligible: decisions whose divergence rounding explains.
+        gaps: to the law that drew the strings, where that was not ``p``.
     """
 
     decisions: int = 0
@@ -66,6 +88,7 @@ class Evidence:
     infinite: int = 0
     excluded: Counter[int] = field(default_factory=Counter)
     negligible: int = 0
+    gaps: Gaps = Gaps()
 
     @classmethod
     def of(cls, statistics: TokenStatistics) -> Evidence:
@@ -89,6 +112,7 @@ class Evidence:
             infinite=count(infinite),
             excluded=Counter(rows.excluded[infinite].tolist()),
             negligible=count(rows.kl <= ROUNDING[rows.kl.dtype]),
+            gaps=Gaps.of(statistics.importance_ratio()),
         )
 
     def __add__(self, other: Evidence) -> Evidence:

@@ -124,6 +124,7 @@ class TokenStatistics:
                 "rb": weighted(before, kl),
                 "decisions": before,
                 "reached": (rows.lost > 0) & (before > 0),
+                "mismatch": excess(self.importance_ratio()),
             }
             if self.mixture is not None:
                 columns["mixture"] = weighted(before, self.mixture.double())
@@ -137,6 +138,7 @@ class TokenStatistics:
             "decisions": x.lengths.double(),
             "reached": sums["infinite"],
             "mixture": None,
+            "mismatch": torch.zeros(len(x), dtype=torch.float64),
         }
         return StringStatistics(
             prompt=x.prompt,

@@ -45,6 +45,7 @@ class StringStatistics:
         entropy_p: the same of ``p``'s entropies.
         entropy_q: the same of ``q``'s entropies.
         same_top: decisions at which both models hold the same token for the most probable one.
+        mismatch: ``Σ (exp(r_n) − 1 − r_n)`` with ``r_n = log p(y_n) − log μ(y_n)``: 0 where ``p`` drew the string.
         own: whether ``p`` itself drew the string.
     """
 
@@ -71,6 +72,7 @@ class StringStatistics:
     entropy_p: Float[Tensor, " n"]
     entropy_q: Float[Tensor, " n"]
     same_top: Float[Tensor, " n"]
+    mismatch: Float[Tensor, " n"]
     own: Bool[Tensor, " n"]
 
     def __len__(self) -> int:

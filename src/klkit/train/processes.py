@@ -1,23 +1,76 @@
-"""Several processes that train one model: what each does of a step, and what they add up.
+"""Several processes that do one piece of work: what each does of it, and what they tell each other.
 
 Gradients are sums over processes of losses that are already divided by the count of the whole step. So nothing is
 averaged, nothing has to be undone, and any number of processes makes the same step. Processes find each other by the
 environment that ``torchrun`` and ``accelerate launch`` set.
+
+An error in one process must not leave the others waiting for it. So work that may fail is done inside
+:meth:`Processes.everywhere`, :meth:`Processes.outcomes` or :meth:`Processes.by_first`, which pass errors around.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, distributed
 
 Found = TypeVar("Found")
+
+PATIENCE = timedelta(days=1)
+"""How long a process waits for the others: one that ended is noticed at once, and a batch of a large model is slow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome(Generic[Found]):
+    """What came of a piece of work: a value or an error.
+
+    Attributes:
+        value: what was made.
+        error: what was raised instead, or None.
+    """
+
+    value: Found | None = None
+    error: BaseException | None = None
+
+    @classmethod
+    def of(cls, work: Callable[[], Found]) -> Outcome[Found]:
+        """Do ``work``, and keep what it raises; interruptions too, so that all processes end alike."""
+        try:
+            return cls(work())
+        except (Exception, KeyboardInterrupt) as error:
+            # Frames of the failed work may hold tensors that fill a device, and a retry needs the room.
+            traceback.clear_frames(error.__traceback__)
+            return cls(error=error)
+
+    def get(self) -> Found:
+        """The value.
+
+        Raises:
+            BaseException: the error, if there is one.
+        """
+        if self.error is not None:
+            raise self.error
+        return self.value  # type: ignore[return-value]
+
+    def portable(self) -> Outcome[Found]:
+        """The same for other processes: errors that cannot travel become plain ones with their message."""
+        if self.error is None:
+            return self
+        try:
+            pickle.loads(pickle.dumps(self.error))
+        except Exception:
+            kind = next((kind for kind in (ValueError, OSError) if isinstance(self.error, kind)), RuntimeError)
+            return Outcome(error=kind(str(self.error) or type(self.error).__name__))
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,24 +127,45 @@ class Processes:
         distributed.all_gather_object(found, own)
         return found
 
+    def outcomes(self, work: Callable[[], Found]) -> list[Outcome[Found]]:
+        """What came of each process's ``work``, in the order of their numbers; none may fail to call this.
+
+        Example:
+            >>> [outcome.get() for outcome in Processes().outcomes(lambda: 3)]
+            [3]
+        """
+        own = Outcome.of(work)
+        found = self.gather(own.portable())
+        found[self.rank] = own
+        return found
+
+    def everywhere(self, work: Callable[[], Found]) -> Found:
+        """What this process makes of ``work``, which all of them do; an error in any is an error in all.
+
+        Raises:
+            BaseException: whatever ``work`` raised, in the first process where it did.
+        """
+        if self.count == 1:
+            return work()
+        own = Outcome.of(work)
+        mine: Outcome[None] = Outcome(error=own.error)  # without the value, which may be a model
+        errors = self.gather(mine.portable())
+        for rank, other in enumerate(errors):
+            (own if rank == self.rank else other).get()
+        return own.get()
+
     def by_first(self, work: Callable[[], Found]) -> Found:
         """What the first process makes of ``work``, in all of them; an error there is an error everywhere.
 
         Raises:
-            Exception: whatever ``work`` raised.
+            BaseException: whatever ``work`` raised.
         """
         if self.count == 1:
             return work()
-        found: list[Any] = [None, None]
-        if self.first:
-            try:
-                found[0] = work()
-            except Exception as error:
-                found[1] = error
+        own: Outcome[Found] = Outcome.of(work) if self.first else Outcome()
+        found: list[Any] = [own.portable()]
         distributed.broadcast_object_list(found, src=0)
-        if found[1] is not None:
-            raise found[1]
-        return found[0]  # type: ignore[no-any-return]
+        return own.get() if self.first else found[0].get()
 
 
 @contextmanager
@@ -100,6 +174,9 @@ def open_processes(device: str = "cpu") -> Iterator[Processes]:
 
     Args:
         device: ``cuda`` stands for the process's own accelerator.
+
+    Raises:
+        ValueError: there are more processes on this machine than accelerators.
 
     Example:
         >>> with open_processes() as processes:
@@ -112,11 +189,17 @@ def open_processes(device: str = "cpu") -> Iterator[Processes]:
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
     own = f"cuda:{local}" if device == "cuda" else device
+    if own.startswith("cuda"):
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"expected an accelerator for each process, got {torch.cuda.device_count()} of them and process "
+                f"{local + 1} on this machine; start as many processes as there are, or say --device cpu"
+            )
+        torch.cuda.set_device(own)
     started = not distributed.is_initialized()
     if started:
-        if own.startswith("cuda"):
-            torch.cuda.set_device(own)
-        distributed.init_process_group("nccl" if own.startswith("cuda") else "gloo")
+        # What is no tensor of an accelerator travels from memory to memory.
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if own.startswith("cuda") else "gloo", timeout=PATIENCE)
     try:
         yield Processes(distributed.get_rank(), distributed.get_world_size(), own)
     finally:
