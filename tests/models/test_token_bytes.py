@@ -35,7 +35,8 @@ def test_byte_level_tokens_spell_the_text() -> None:
     for text in TEXTS:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert b"".join(table[i] for i in ids) == text.encode()
-    assert table[0] is None and table[-1] is None
+    assert table[0] is None
+    assert table[-1] is None
     assert sum(spelt is not None for spelt in table) == len(tokenizer) - 1
     assert {spelt for spelt in table if spelt and len(spelt) == 1} == {bytes([b]) for b in range(256)}
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from klkit.api.assemble import from_strings, from_text, from_two_directions
+from klkit.api.bytewise import cost_notes
 from klkit.api.gather import Gathered
 from klkit.api.prepare import (
     Pair,
@@ -167,7 +168,8 @@ def measure_strings(
         )
         pair = replace(pair, notes=(*pair.notes, cut_short))
     floor = None if wide is None else dtype_floor(wide, pair.p, whole.shown.statistics.x)
-    return whole, from_strings(whole, pair.p, pair.q, settings, plan, pair.notes, env, floor)
+    notes = (*pair.notes, *cost_notes(pair.p, pair.q))
+    return whole, from_strings(whole, pair.p, pair.q, settings, plan, notes, env, floor)
 
 
 def draw_strings(
@@ -247,7 +249,8 @@ def measure_both(
         below = RunFolder.create(folder.path / "from_q", settings.to_dict(), env, resume=resume)
     forward = draw_strings(pair, plan, settings, folder, observe, mixture=mixture)
     backward = draw_strings(pair.swapped(), plan.swapped(), settings, below, observe, mixture=mixture)
-    result = from_two_directions(forward, backward, pair.p, pair.q, settings, plan, pair.notes, env)
+    notes = (*pair.notes, *cost_notes(pair.p, pair.q))
+    result = from_two_directions(forward, backward, pair.p, pair.q, settings, plan, notes, env)
     if below is not None:
         below.finish(result.to_dict(), shown_texts(pair.p, backward.shown))
     return forward, result

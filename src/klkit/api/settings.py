@@ -12,11 +12,12 @@ METHODS = ("rb_cv", "rb", "mc", "k3_string", "cv_string", "k3_token", "ht")
 DIVERGENCES = ("kl", "reverse_kl", "js", "jeffreys")
 FLOORS = ("batch", "dtype", "none")
 UNITS = ("nats", "bits")
-WHOLE_NUMBERS = ("samples", "max_tokens", "context", "seed")
+WHOLE_NUMBERS = ("samples", "max_tokens", "context", "seed", "beam")
 NUMBERS = ("temperature", "rtol")
-ABSENT = ("prompts", "text", "samples", "rtol")  # options that may be None
+ABSENT = ("prompts", "text", "samples", "rtol", "beam")  # options that may be None
 DEFAULT_STRINGS = 256  # when --samples is not given: enough strings for this many, at least one a prompt
 MINIMUM_STRINGS = 64  # --rtol never stops before
+DEFAULT_BEAM = 8  # hypotheses at each byte, when --beam is not given
 CAP_STRINGS = 16384  # --rtol without --samples stops here at the latest
 
 
@@ -34,7 +35,7 @@ class Settings:
         divergence: ``kl``, ``reverse_kl`` (from q's samples), ``js`` or ``jeffreys`` (from both).
         method: estimator of the headline.
         samples: strings a prompt; None for as many as make 256 in all.
-        max_tokens: longest response, in tokens.
+        max_tokens: longest response, in tokens; with ``bytes`` in bytes.
         temperature: softmax temperature of *both* models.
         dtype: precision of both models unless their specification says otherwise.
         device: where both models run.
@@ -43,6 +44,8 @@ class Settings:
         rtol: stop when the half-width of the 95 % interval is below this share of the estimate.
         floor: how the numerical floor is measured: ``batch``, ``dtype`` or ``none``.
         shared_only: compare conditionally on the tokens that both vocabularies have.
+        bytes: compare the laws of texts, byte by byte, which needs no common tokenizer.
+        beam: hypotheses about the tokens that are kept at each byte; None for 8.
         unit: ``nats`` or ``bits``, for printing.
     """
 
@@ -64,6 +67,8 @@ class Settings:
     rtol: float | None = None
     floor: str = "batch"
     shared_only: bool = False
+    bytes: bool = False
+    beam: int | None = None
     unit: str = "nats"
 
     def __post_init__(self) -> None:
@@ -71,7 +76,7 @@ class Settings:
         _choice("divergence", self.divergence, DIVERGENCES)
         _choice("floor", self.floor, FLOORS)
         _choice("unit", self.unit, UNITS)
-        for name in ("samples", "max_tokens", "context", "batch_size"):
+        for name in ("samples", "max_tokens", "context", "batch_size", "beam"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise ValueError(
@@ -107,6 +112,10 @@ class Settings:
             idle += given("rtol") + (["floor"] if self.floor == "dtype" else [])
             idle += ["method"] if self.method not in ("rb", "rb_cv") else []
             why = f"{self.divergence} is put together from two runs of fixed size, by rb (jeffreys: also by rb_cv)"
+        if self.bytes and given("text", "shared_only"):
+            idle, why = given("text", "shared_only"), "bytes compares sampled responses, over all 256 bytes"
+        if self.beam is not None and not self.bytes:
+            idle, why = ["beam"], "only the sums of bytes=True have a beam"
         if idle:
             named = ", ".join(f"{name}={getattr(self, name)!r}" for name in idle)
             raise ValueError(
@@ -149,7 +158,7 @@ def _of_kind(name: str, value: Any) -> Any:
     elif name in NUMBERS:
         kind, fits = "a number", whole or isinstance(value, float)
         value = float(value) if whole else value
-    elif name == "shared_only":
+    elif name in ("shared_only", "bytes"):
         kind, fits = "true or false", isinstance(value, bool)
     else:
         kind, fits = "text", isinstance(value, str)

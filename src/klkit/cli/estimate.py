@@ -22,7 +22,9 @@ klkit estimate org/policy org/reference --prompts prompts.jsonl --samples 4
 
 klkit estimate org/base org/base,peft=./adapter --rtol 0.05
 
-klkit estimate org/model ./model-int4 --text wiki.txt"""
+klkit estimate org/model ./model-int4 --text wiki.txt
+
+klkit estimate klkit:docs klkit:reviews --bytes --max-tokens 32"""
 
 WHAT, HOW, WHERE = "What is measured", "How it is computed", "What is printed and kept"
 ModelSpec = Annotated[
@@ -90,6 +92,18 @@ def estimate_command(
             "--shared-only", help="Compare conditionally on the tokens both vocabularies have.", rich_help_panel=WHAT
         ),
     ] = None,
+    over_bytes: Annotated[
+        bool | None,
+        typer.Option(
+            "--bytes",
+            help="Compare laws of texts byte by byte: tokenizers may differ, --max-tokens counts bytes.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    beam: Annotated[
+        int | None,
+        typer.Option(help="Tokenisations that --bytes keeps at each byte. \\[default: 8]", rich_help_panel=HOW),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -145,8 +159,8 @@ def estimate_command(
     given = {
         "p": p, "q": q, "prompts": prompts, "column": column, "text": text, "context": context,
         "divergence": divergence, "samples": samples, "max_tokens": max_tokens, "temperature": temperature,
-        "shared_only": shared_only, "method": method, "rtol": rtol, "seed": seed, "dtype": dtype,
-        "device": device, "batch_size": batch_size, "floor": floor, "unit": unit,
+        "shared_only": shared_only, "bytes": over_bytes, "beam": beam, "method": method, "rtol": rtol,
+        "seed": seed, "dtype": dtype, "device": device, "batch_size": batch_size, "floor": floor, "unit": unit,
     }  # fmt: skip
     options = read_config(config) if config is not None else {}
     options |= {name: value for name, value in given.items() if value is not None}
@@ -230,7 +244,7 @@ def carry_out(settings: Any, out: Path | None, json_path: str | None, resume: bo
     from klkit.cli.show import show_result
 
     quiet = json_path == "-"
-    with Watcher(settings.unit) as watcher:
+    with Watcher(settings.unit, "byte" if settings.bytes else "token") as watcher:
         try:
             from klkit.api.run import run
 

@@ -11,68 +11,37 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from klkit.models.base import LanguageModel, Vocabulary, read_rows
-from klkit.models.byte_trie import Array, Trie, log_sums, log_total
-from klkit.models.token_bytes import drops_first_space, token_bytes, tokenizer_of
-from klkit.models.tokenisations import END, SYMBOLS, Fresh, Law, Reading, after, at_boundary, heaviest
+from klkit.models.base import LanguageModel, Vocabulary
+from klkit.models.byte_contexts import Contexts, Tokens
+from klkit.models.byte_trie import Array
+from klkit.models.hypotheses import (
+    END,
+    SYMBOLS,
+    Fresh,
+    Hypothesis,
+    Law,
+    Ledger,
+    Reading,
+    after,
+    at_boundary,
+    heaviest,
+)
+from klkit.models.text_laws import TextLaws
 from klkit.sequences import Content, Sequences
 
 BYTES = Vocabulary((*(f"<0x{byte:02X}>" for byte in range(END)), "<end>"), (END,))
 """The vocabulary of every byte-level model."""
 MOST = 20_000  # hypotheses of one text that exact sums may come to
-TOGETHER = 256  # contexts that the token-level model reads at once
 
-Tokens = tuple[int, ...]
 Row = tuple[Tokens, Reading]
 """The token context of a prompt, and the hypotheses about the bytes behind it."""
-
-
-@dataclass(slots=True)
-class Ledger:
-    """What a byte-level model has cost and left out so far; it grows with every decision.
-
-    Attributes:
-        decisions: rows of 257 log-probabilities that were computed.
-        laws: next-token laws that the token-level model was asked for.
-        seconds: time spent on them.
-        discarded: sum over decisions of the share of the mass that the beam dropped just before.
-        discarded_most: the largest of these shares.
-        excluded: sum over decisions of the probability of tokens that stand for no text.
-        excluded_most: the largest of these probabilities.
-    """
-
-    decisions: int = 0
-    laws: int = 0
-    seconds: float = 0.0
-    discarded: float = 0.0
-    discarded_most: float = 0.0
-    excluded: float = 0.0
-    excluded_most: float = 0.0
-
-    def add(self, readings: Sequence[Reading], seconds: float) -> None:
-        """Count in the decisions of one step."""
-        for reading in readings:
-            excluded = reading.excluded()
-            self.discarded += reading.discarded
-            self.excluded += excluded
-            self.discarded_most = max(self.discarded_most, reading.discarded)
-            self.excluded_most = max(self.excluded_most, excluded)
-        self.decisions += len(readings)
-        self.seconds += seconds
-
-    def __str__(self) -> str:
-        n = max(self.decisions, 1)
-        return (
-            f"{self.laws / n:.2f} next-token laws and {1e3 * self.seconds / n:.3g} ms a byte; the beam dropped "
-            f"{self.discarded / n:.2g} of the mass at a byte on average, {self.discarded_most:.2g} at most; tokens "
-            f"without text had {self.excluded / n:.2g} on average, {self.excluded_most:.2g} at most"
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +50,7 @@ class ByteLevel:
 
     ``P(b | bytes) = Σ P(tokens) / P(bytes)`` over all token strings that spell these bytes and then ``b``. A trunk
     vector is the row of log-probabilities itself. The state of strings that are drawn is their hypotheses about the
-    tokens (:mod:`klkit.models.tokenisations`).
+    tokens (:mod:`klkit.models.hypotheses`).
 
     A context is an end symbol, and for a prompt its bytes and another end symbol: what follows the last one belongs
     to the response. The prompt is read as the token-level model reads it, by its tokenizer and its template; only
@@ -102,7 +71,6 @@ class ByteLevel:
     beam: int | None
     least: float
     ledger: Ledger = field(default_factory=Ledger)
-    _prompts: dict[bytes, Tokens] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
@@ -132,10 +100,7 @@ class ByteLevel:
     @property
     def digest(self) -> str:
         """The token-level model's digest, or its name."""
-        inner = self.tokenwise
-        while hasattr(inner, "base"):
-            inner = inner.base
-        return str(getattr(inner, "digest", inner.name))
+        return str(getattr(self._innermost, "digest", self._innermost.name))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -145,9 +110,9 @@ class ByteLevel:
             limits = [f"the {self.beam} heaviest hypotheses"] if self.beam is not None else []
             limits += [f"those above {self.least:g} of the mass"] if self.least else []
             kept = f"approximate: of the tokenisations of a text {' and '.join(limits)} are kept at every byte"
-        size, silent = self.tokenwise.vocabulary.size, len(self._silent)
+        size, silent = self.tokenwise.vocabulary.size, len(self._laws.silent)
         return (
-            *getattr(self.tokenwise, "notes", ()),
+            *getattr(self._innermost, "notes", ()),
             kept,
             f"{silent} of {size} tokens stand for no text (special or unused): left out of every choice of a token",
         )
@@ -158,28 +123,11 @@ class ByteLevel:
         Raises:
             ValueError: ids that are no bytes, or a prompt whose text another prompt with other tokens has.
         """
-        if isinstance(prompt, Tensor):
-            symbols = prompt.tolist()
-            if symbols and symbols[0] != END:
-                symbols = [END, *symbols, END]
-            self._split(symbols or [END])
-            return torch.tensor(symbols or [END], dtype=torch.long)
-        if prompt is None or prompt == "":
-            return torch.tensor([END])
-        text = prompt if isinstance(prompt, str) else self._filled(prompt)
-        spelt, tokens = text.encode(), tuple(self.tokenwise.context(prompt).tolist())
-        if self._prompts.setdefault(spelt, tokens) != tokens:
-            raise ValueError(
-                f"expected prompts that differ in their texts, got a text and a conversation that both read "
-                f"{text[:60]!r} but have other tokens; give only one of them"
-            )
-        return torch.tensor([END, *spelt, END])
+        return self._contexts.ids(prompt)
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """Each byte as text; those that are no character by themselves are escaped."""
-        return [
-            "<end>" if symbol == END else bytes([symbol]).decode(errors="backslashreplace") for symbol in tokens
-        ]
+        return ["<end>" if symbol == END else bytes([symbol]).decode(errors="backslashreplace") for symbol in tokens]
 
     def encode(self, x: Sequences) -> Float[Tensor, "m 257"]:
         """Log-probabilities at every decision of given strings, byte by byte, all strings together."""
@@ -198,8 +146,8 @@ class ByteLevel:
         return self._trunk([row for several in found for row in several])
 
     def readout(self, h: Float[Tensor, "m 257"]) -> Float[Tensor, "m 257"]:
-        """The rows themselves: they are normalised."""
-        return h
+        """The rows, which are normalised; a copy, since readers of log-probabilities may write to theirs."""
+        return h.clone()
 
     def begin(self, contexts: Sequence[Int[Tensor, " _c"]]) -> tuple[list[Row], Float[Tensor, "b 257"]]:
         """Read contexts of any lengths.
@@ -232,10 +180,10 @@ class ByteLevel:
 
     def _begin(self, contexts: Sequence[Tensor]) -> list[Row]:
         began = time.perf_counter()
-        split = [self._split(context.tolist()) for context in contexts]
-        prompts = [self._tokens(prompt) for prompt, _ in split]
-        laws = self._laws(prompts)
-        rows = [(p, Reading((at_boundary(self._trie, Fresh((), 0.0), laws[p]),))) for p in prompts]
+        split = [self._contexts.split(context.tolist()) for context in contexts]
+        prompts = [self._contexts.tokens(prompt) for prompt, _ in split]
+        laws = self._after(prompts)
+        rows = [(p, Reading((at_boundary(self._laws.trie, Fresh((), 0.0), laws[p]),))) for p in prompts]
         self.ledger.add([reading for _, reading in rows], time.perf_counter() - began)
         for step in range(max((len(response) for _, response in split), default=0)):
             longer = [i for i, (_, response) in enumerate(split) if len(response) > step]
@@ -251,10 +199,10 @@ class ByteLevel:
                 f"expected bytes from 0 to 255 in unfinished responses, got {[s for s in symbols if s >= END][:1]}; "
                 f"a response that has ended (symbol {END}) has no next decision"
             )
-        kept = []
+        kept: list[tuple[Tokens, list[Hypothesis | Fresh], float]] = []
         for (prompt, reading), symbol in zip(rows, symbols, strict=True):
-            inside, fresh = after(self._trie, reading, symbol)
-            several = [*inside, *fresh]
+            inside, fresh = after(self._laws.trie, reading, symbol)
+            several: list[Hypothesis | Fresh] = [*inside, *fresh]
             boundary = [False] * len(inside) + [True] * len(fresh)
             masses = np.array([h.mass for h in several])
             chosen, dropped = heaviest(masses, boundary, beam=self.beam, least=self.least)
@@ -264,108 +212,37 @@ class ByteLevel:
                     f"grows exponentially with its length; pass a beam, such as beam=8, or use shorter responses"
                 )
             kept.append((prompt, [several[i] for i in chosen], dropped))
-        laws = self._laws([p + h.tokens for p, several, _ in kept for h in several if isinstance(h, Fresh)])
+        laws = self._after([p + h.tokens for p, several, _ in kept for h in several if isinstance(h, Fresh)])
         found = []
-        for prompt, several, dropped in kept:
+        for prompt, chosen_ones, dropped in kept:
             whole = tuple(
-                at_boundary(self._trie, h, laws[prompt + h.tokens]) if isinstance(h, Fresh) else h for h in several
+                at_boundary(self._laws.trie, h, laws[prompt + h.tokens]) if isinstance(h, Fresh) else h
+                for h in chosen_ones
             )
             found.append((prompt, Reading(whole, dropped)))
         self.ledger.add([reading for _, reading in found], time.perf_counter() - began)
         return found
 
-    def _laws(self, contexts: Sequence[Tokens]) -> dict[Tokens, Law]:
-        """The law of the next token after each of the contexts, each asked for once."""
-        # Like lengths together: the token-level model pads a batch to its longest string.
-        distinct = sorted(set(contexts), key=lambda context: (len(context), context))
-        found: dict[Tokens, Law] = {}
-        for i in range(0, len(distinct), TOGETHER):
-            some = distinct[i : i + TOGETHER]
-            # One decision a string, whatever is chosen there: the row that predicts it is what is wanted.
-            x = Sequences.pack(
-                [torch.tensor(context) for context in some],
-                [torch.tensor(self.tokenwise.vocabulary.ends[:1])] * len(some),
-            )
-            place = 0
-            for rows in read_rows(self.tokenwise, self.tokenwise.encode(x)):
-                block = rows.detach().double().cpu().numpy()
-                found |= zip(some[place : place + len(block)], self._conditional(block), strict=True)
-                place += len(block)
-        self.ledger.laws += len(distinct)
-        return found
-
-    def _conditional(self, rows: Array) -> list[Law]:
-        """Rows over all tokens as laws over those that stand for text or end it."""
-        trie = self._trie
-        tokens = rows[:, trie.ids]
-        ends = log_total(rows[:, list(self.tokenwise.vocabulary.ends)])
-        total = np.logaddexp(log_total(tokens), ends)
-        if bool(np.isneginf(total).any()):
-            raise ValueError(
-                f"expected a token of text or an end to be possible at every decision, got one at which "
-                f"{self.tokenwise.name} chooses among {len(self._silent)} tokens that stand for no text; it has no law "
-                f"over texts"
-            )
-        excluded = np.exp(rows[:, self._silent]).sum(-1)
-        tokens = tokens - total[:, None]
-        ahead = log_sums(tokens, trie.root.starts)
-        return [Law(*parts) for parts in zip(tokens, ahead, (ends - total).tolist(), excluded.tolist(), strict=True)]
+    def _after(self, contexts: Sequence[Tokens]) -> dict[Tokens, Law]:
+        laws = self._laws.after(contexts)
+        self.ledger.laws += len(laws)
+        return laws
 
     @cached_property
-    def _trie(self) -> Trie:
-        return Trie(token_bytes(self.tokenwise))
+    def _contexts(self) -> Contexts:
+        return Contexts(self.tokenwise)
 
     @cached_property
-    def _silent(self) -> list[int]:
-        """Ids of tokens that neither stand for text nor end it."""
-        spoken = {*self._trie.ids.tolist(), *self.tokenwise.vocabulary.ends}
-        return [i for i in range(self.tokenwise.vocabulary.size) if i not in spoken]
+    def _laws(self) -> TextLaws:
+        return TextLaws(self.tokenwise)
 
-    # Contexts
-
-    def _split(self, symbols: Sequence[int]) -> tuple[bytes, bytes]:
-        """The bytes of the prompt and those of the response in a context."""
-        marks = [i for i, symbol in enumerate(symbols) if symbol == END]
-        if not marks or marks[0] != 0 or len(marks) > 2 or not all(0 <= symbol <= END for symbol in symbols):
-            raise ValueError(
-                f"expected a context of bytes that begins with the end symbol {END}, and another one after the prompt "
-                f"if there is one, got {list(symbols[:8])}…; contexts come from {self.name}.context(prompt)"
-            )
-        middle = marks[-1]
-        return bytes(symbols[1:middle]), bytes(symbols[middle + 1 :])
-
-    def _tokens(self, prompt: bytes) -> Tokens:
-        """What the token-level model reads for a prompt: as it was told, or as its tokenizer reads the text."""
-        if not prompt:
-            if drops_first_space(self.tokenwise):
-                raise ValueError(
-                    f"expected a prompt for {self.name}, got an empty one: its tokenizer takes the first space of a "
-                    f"text away, so the bytes of a first token are not known; give prompts"
-                )
-            return tuple(self.tokenwise.context(None).tolist())
-        if prompt not in self._prompts:
-            try:
-                text = prompt.decode()
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"expected a prompt in UTF-8, got bytes that are none: {error}; give the prompt as text"
-                ) from error
-            self._prompts[prompt] = tuple(self.tokenwise.context(text).tolist())
-        return self._prompts[prompt]
-
-    def _filled(self, messages: Content) -> str:
-        """The text of a conversation in the model's template."""
-        tokenizer = tokenizer_of(self.tokenwise)
-        if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-            raise ValueError(
-                f"expected a model with a chat template for a conversation, got {self.tokenwise.name} without; pass "
-                f"plain text, or load the chat version of the model"
-            )
-        return str(
-            tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
-            )
-        )
+    @property
+    def _innermost(self) -> Any:
+        """The token-level model under any transformations."""
+        inner: Any = self.tokenwise
+        while hasattr(inner, "base"):
+            inner = inner.base
+        return inner
 
     @property
     def _wide(self) -> torch.dtype:
@@ -411,5 +288,5 @@ def byte_level(model: LanguageModel, *, beam: int | None = None, least: float = 
     if (beam is not None and beam < 1) or not 0 <= least < 1:
         raise ValueError(f"expected a beam of at least 1 and a share in [0, 1), got {beam} and {least}; leave them out")
     found = ByteLevel(model, beam, least)
-    _ = found._trie  # what cannot be spelt in bytes is refused now
+    _ = found._laws  # what cannot be spelt in bytes is refused now
     return found

@@ -90,11 +90,11 @@ def log_sums(values: Array, starts: NDArray[np.int64]) -> Array:
         >>> log_sums(np.log(np.array([0.25, 0.25, 0.5])), np.array([0, 2])).round(4).tolist()
         [-0.6931, -0.6931]
     """
-    if not len(starts):
-        return np.zeros((*values.shape[:-1], 0))
+    if len(starts) in (0, values.shape[-1]):
+        return values[..., : len(starts)]  # nothing to add up, as deep in a trie
     top = np.maximum.reduceat(values, starts, axis=-1)
-    top = np.where(np.isneginf(top), 0.0, top)
-    sizes = np.diff(np.append(starts, values.shape[-1]))
+    top[top == -np.inf] = 0.0
+    sizes = np.diff(starts, append=values.shape[-1])
     mass = np.add.reduceat(np.exp(values - np.repeat(top, sizes, axis=-1)), starts, axis=-1)
     with np.errstate(divide="ignore"):
         return np.asarray(top + np.log(mass))

@@ -40,9 +40,7 @@ def token_bytes(model: LanguageModel) -> tuple[bytes | None, ...]:
     tokenizer = tokenizer_of(model)
     spell = _automaton_spelling(model) if tokenizer is None else _tokenizer_spelling(tokenizer, model.name)
     ends = set(model.vocabulary.ends)
-    found = (
-        None if token is None or i in ends else spell(i, token) for i, token in enumerate(model.vocabulary.tokens)
-    )
+    found = (None if token is None or i in ends else spell(i, token) for i, token in enumerate(model.vocabulary.tokens))
     table = tuple(spelt or None for spelt in found)
     if tokenizer is not None:
         _verify(tokenizer, table, model.name)

@@ -105,6 +105,48 @@ class Reading:
         return float(shares @ np.array([h.excluded for h in self.hypotheses]))
 
 
+@dataclass(slots=True)
+class Ledger:
+    """What a byte-level model has cost and left out so far; it grows with every decision.
+
+    Attributes:
+        decisions: rows of 257 log-probabilities that were computed.
+        laws: next-token laws that the token-level model was asked for.
+        seconds: time spent on them.
+        discarded: sum over decisions of the share of the mass that the beam dropped just before.
+        discarded_most: the largest of these shares.
+        excluded: sum over decisions of the probability of tokens that stand for no text.
+        excluded_most: the largest of these probabilities.
+    """
+
+    decisions: int = 0
+    laws: int = 0
+    seconds: float = 0.0
+    discarded: float = 0.0
+    discarded_most: float = 0.0
+    excluded: float = 0.0
+    excluded_most: float = 0.0
+
+    def add(self, readings: Sequence[Reading], seconds: float) -> None:
+        """Count in the decisions of one step."""
+        for reading in readings:
+            excluded = reading.excluded()
+            self.discarded += reading.discarded
+            self.excluded += excluded
+            self.discarded_most = max(self.discarded_most, reading.discarded)
+            self.excluded_most = max(self.excluded_most, excluded)
+        self.decisions += len(readings)
+        self.seconds += seconds
+
+    def __str__(self) -> str:
+        n = max(self.decisions, 1)
+        return (
+            f"{self.laws / n:.2f} next-token laws and {1e3 * self.seconds / n:.3g} ms a byte; the beam dropped "
+            f"{self.discarded / n:.2g} of the mass at a byte on average, {self.discarded_most:.2g} at most; tokens "
+            f"without text had {self.excluded / n:.2g} on average, {self.excluded_most:.2g} at most"
+        )
+
+
 def at_boundary(trie: Trie, fresh: Fresh, law: Law) -> Hypothesis:
     """The hypothesis whose complete tokens are followed by ``law``."""
     return Hypothesis(fresh.tokens, fresh.mass, fresh.mass, trie.root, law.tokens, law.ahead, law.end, law.excluded)
