@@ -74,11 +74,13 @@ def tokenizer(vocab_size: int = 320):
     return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, bos_token=end, eos_token=end, unk_token=end)
 
 
-def build(kind: str = "gpt2", *, seed: int = 0, std: float = 0.4, **config: object) -> torch.nn.Module:
+def build(
+    kind: str = "gpt2", *, seed: int = 0, std: float = 0.4, vocabulary: int = 320, **config: object
+) -> torch.nn.Module:
     """A model of the architecture ``kind`` with random weights; ``config`` overrides its small shape."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    words = tokenizer()
+    words = tokenizer(vocabulary)
     settings = {
         "vocab_size": len(words),
         "bos_token_id": words.bos_token_id,
@@ -98,10 +100,10 @@ def build(kind: str = "gpt2", *, seed: int = 0, std: float = 0.4, **config: obje
 
 
 @functools.cache
-def folder(kind: str = "gpt2", *, seed: int = 0, **config: object) -> Path:
-    """A checkpoint folder with weights, settings and tokenizer, built once a session."""
-    name = "-".join([kind, str(seed), *(f"{k}={v}" for k, v in sorted(config.items()))])
+def folder(kind: str = "gpt2", *, seed: int = 0, vocabulary: int = 320, **config: object) -> Path:
+    """A checkpoint folder with weights, settings and a tokenizer of that size, built once a session."""
+    name = "-".join([kind, str(seed), str(vocabulary), *(f"{k}={v}" for k, v in sorted(config.items()))])
     path = _root() / name.replace("/", "_")
-    build(kind, seed=seed, **config).save_pretrained(path)
-    tokenizer().save_pretrained(path)
+    build(kind, seed=seed, vocabulary=vocabulary, **config).save_pretrained(path)
+    tokenizer(vocabulary).save_pretrained(path)
     return path

@@ -42,6 +42,7 @@ class Estimate:
         infinite: decisions at which ``q`` excludes a token that ``p`` allows.
         notes: whatever a reader must be told beside the number.
         unit: ``"nats"`` or ``"bits"``, for printing.
+        symbol: what a decision chooses, for printing: ``"token"`` or ``"byte"``.
         prompts: different prompts behind the strings; 0 if not known, and then the clusters stand for them.
         spread: by how much errors exceed what the spread of the contributions says (fitted coefficients).
 
@@ -71,6 +72,7 @@ class Estimate:
     unit: str = "nats"
     spread: float = 1.0
     prompts: int = 0
+    symbol: str = "token"
     _totals: tuple[NDArray[np.float64], NDArray[np.float64]] = field(init=False, repr=False, compare=False)
     _intervals: dict[float, Interval] = field(init=False, repr=False, default_factory=dict)
 
@@ -98,6 +100,11 @@ class Estimate:
     def stderr(self) -> float:
         """Standard error clustered by the independent unit; NaN with fewer than two units."""
         return self.spread * ratio_stderr(*self._totals)
+
+    @property
+    def per(self) -> str:
+        """The estimand in words."""
+        return ESTIMANDS[self.estimand].replace("token", self.symbol)
 
     @property
     def n(self) -> int:
@@ -157,6 +164,7 @@ class Estimate:
             "direction": self.direction,
             "estimand": self.estimand,
             "unit": self.unit,
+            "symbol": self.symbol,
             "value": jsonable(self.in_unit(self.value)),
             "stderr": jsonable(self.in_unit(self.stderr)),
             "ci": {
@@ -183,7 +191,7 @@ class Estimate:
 
     def __str__(self) -> str:
         return (
-            f"{self.direction} = {self.in_unit(self.value):.6g} {self.unit} {ESTIMANDS[self.estimand]}, "
+            f"{self.direction} = {self.in_unit(self.value):.6g} {self.unit} {self.per}, "
             f"{self.describe_interval()}, {self.method}, n = {self.n} strings in {self.clusters} clusters"
         )
 
@@ -294,7 +302,7 @@ class Comparison:
         rows = [("method", "estimand", "value", "standard error", "interval")]
         for e in self.estimates:
             value, stderr = (f"{e.in_unit(x):.6g} {e.unit}" for x in (e.value, e.stderr))
-            rows.append((e.method, ESTIMANDS[e.estimand], value, stderr, e.describe_interval()))
+            rows.append((e.method, e.per, value, stderr, e.describe_interval()))
         cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
         table = "".join(f"<tr>{row}</tr>" for row in cells)
         return f"<p><strong>{html.escape(str(self))}</strong></p><table>{table}</table>"

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from klkit.api.breakdown import no_breakdown
+from klkit.api.bytewise import symbol_of
 from klkit.api.companions import describe_floor, engine_gaps, per_token, text_rows
 from klkit.api.gather import Gathered
 from klkit.api.plan import Plan
@@ -48,7 +49,7 @@ def from_strings(
 
     def estimate(method: str, estimand: str) -> Estimate:
         summary = summarise(method, whole.tally, estimand=estimand, divergence=settings.divergence, direction=direction)
-        return replace(summary, unit=settings.unit)
+        return replace(summary, unit=settings.unit, symbol=symbol_of(p))
 
     table = [estimate(method, "S") for method in TABLE]
     headline = next(e for e in table if e.method == settings.method)
@@ -71,7 +72,7 @@ def from_strings(
         sentence=say(
             headline,
             f"{roles[0]} = {p.name}, {roles[1]} = {q.name}",
-            f"from {headline.n} responses of {roles[0]} of at most {plan.max_tokens} tokens",
+            f"from {headline.n} responses of {roles[0]} of at most {plan.max_tokens} {headline.symbol}s",
         ),
         model=p,
         roles=roles,
@@ -98,7 +99,7 @@ def from_two_directions(
             for m in ("rb_cv", "rb", "mc")
         ]
         estimates = [mixture.jeffreys(*pair) for pair in halves] + [half for pair in halves for half in pair]
-    estimates = [replace(e, unit=settings.unit) for e in estimates]
+    estimates = [replace(e, unit=settings.unit, symbol=symbol_of(p)) for e in estimates]
     headline = next((e for e in estimates if e.method == settings.method), estimates[0])
     if headline.method != settings.method:
         notes = (
@@ -121,7 +122,8 @@ def from_two_directions(
         sentence=say(
             headline,
             f"p = {p.name}, q = {q.name}",
-            f"from {len(forward)} responses of p and {len(backward)} of q of at most {plan.max_tokens} tokens",
+            f"from {len(forward)} responses of p and {len(backward)} of q of at most {plan.max_tokens} "
+            f"{headline.symbol}s",
         ),
         model=p,
     )
@@ -137,7 +139,9 @@ def from_text(
     env: Mapping[str, Any],
 ) -> Comparison:
     """Result of scoring a fixed text: estimand F, with the quantiles that users of llama.cpp know."""
-    headline = replace(summarise("rb", whole.tally, estimand="F"), unit=settings.unit, method="exact")
+    headline = replace(
+        summarise("rb", whole.tally, estimand="F"), unit=settings.unit, method="exact", symbol=symbol_of(p)
+    )
     result = put_together(
         headline,
         (headline,),
@@ -150,7 +154,7 @@ def from_text(
         sentence=say(
             headline,
             f"p = {p.name}, q = {q.name}",
-            f"over {windows.x.decisions} scored tokens of {whole.strings.prompts} document(s)",
+            f"over {windows.x.decisions} scored {headline.symbol}s of {whole.strings.prompts} document(s)",
         ),
         model=p,
     )

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from klkit import __version__
+from klkit.api.bytewise import over_bytes, symbol_of
 from klkit.api.plan import Plan
-from klkit.api.settings import CAP_STRINGS, DEFAULT_STRINGS, Settings
+from klkit.api.settings import CAP_STRINGS, DEFAULT_BEAM, DEFAULT_STRINGS, Settings
 from klkit.api.strings import ALONE
 from klkit.models.align import align, context_note
 from klkit.models.base import LanguageModel
@@ -64,6 +65,7 @@ def resolved(settings: Settings) -> Settings:
         prompts=None if settings.prompts is None else _absolute_file(settings.prompts),
         text=None if settings.text is None else _absolute_file(settings.text),
         device=device_of(settings),
+        beam=DEFAULT_BEAM if settings.bytes and settings.beam is None else settings.beam,
     )
 
 
@@ -111,8 +113,11 @@ def with_defaults(settings: Settings, text: str, processes: Processes = ALONE) -
 
 
 def prepare(p: LanguageModel, q: LanguageModel, settings: Settings, prompts: Prompts | None = None) -> Pair:
-    """Align the vocabularies, and put the temperature on both models."""
+    """Align the vocabularies, by way of bytes if that is asked for, and put the temperature on both models."""
     same = p is q
+    if settings.bytes:
+        p = over_bytes(p, settings)
+        q = p if same else over_bytes(q, settings)
     # A transformed model has no notes of its own, so they are read off before anything is wrapped.
     loading = [f"{m.name}: {note}" for m in ((p,) if same else (p, q)) for note in getattr(m, "notes", ())]
     if same:
@@ -120,9 +125,15 @@ def prepare(p: LanguageModel, q: LanguageModel, settings: Settings, prompts: Pro
     else:
         p, q, notes = align(p, q, prompts, shared_only=settings.shared_only)
     notes = (*notes, *loading)
+    if settings.bytes:
+        notes = (
+            *notes,
+            f"a divergence of laws of texts: decisions are bytes, of which max_tokens={settings.max_tokens}",
+        )
     if settings.temperature != 1.0:
-        p = temperature(p, settings.temperature)
-        q = p if same else temperature(q, settings.temperature)
+        if not settings.bytes:  # else it is on the choices of tokens already
+            p = temperature(p, settings.temperature)
+            q = p if same else temperature(q, settings.temperature)
         notes = (
             *notes,
             f"both models are taken at temperature {settings.temperature:g}: a divergence of the tempered laws",
@@ -144,16 +155,17 @@ def make_plan(pair: Pair, settings: Settings, prompts: Prompts | None) -> tuple[
     max_tokens = settings.max_tokens
     for model, contexts in ((pair.p, contexts_p), (pair.q, contexts_q)):
         longest = max(range(len(contexts)), key=lambda i: len(contexts[i]))
+        symbol = f"{symbol_of(model)}s"
         room = max_tokens if model.window is None else model.window - len(contexts[longest])
         if room < 1:
             raise ValueError(
-                f"expected prompts shorter than the {model.window} tokens that {model.name} can read, got one of "
-                f"{len(contexts[longest])} tokens (prompt {longest + 1}); shorten it or leave it out"
+                f"expected prompts shorter than the {model.window} {symbol} that {model.name} can read, got one of "
+                f"{len(contexts[longest])} {symbol} (prompt {longest + 1}); shorten it or leave it out"
             )
         if room < max_tokens:
             notes.append(
-                f"responses are limited to {room} tokens instead of {max_tokens}: {model.name} reads "
-                f"{model.window} tokens in all"
+                f"responses are limited to {room} {symbol} instead of {max_tokens}: {model.name} reads "
+                f"{model.window} {symbol} in all"
             )
             max_tokens = room
     if settings.rtol is not None and 1 < len(contents) < MINIMUM_CLUSTERS:

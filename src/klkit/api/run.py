@@ -17,6 +17,7 @@ from torch import Tensor
 
 from klkit.api.assemble import from_strings, from_text, from_two_directions
 from klkit.api.batches import batches_of, describe, dtype_floor, no_details
+from klkit.api.bytewise import cost_notes
 from klkit.api.drawn import Sampler
 from klkit.api.gather import Gathered
 from klkit.api.plan import Plan
@@ -219,7 +220,7 @@ def measure_strings(
     whole = draw_strings(pair, plan, settings, folder, share)
 
     def result() -> Comparison:
-        notes = pair.notes
+        notes = (*pair.notes, *cost_notes(pair.p, pair.q))
         if settings.rtol is not None and not narrow_enough(whole.tally, settings):
             notes = (
                 *notes,
@@ -321,7 +322,8 @@ def measure_both(
     backward = draw_strings(pair.swapped(), plan.swapped(), settings, below, share, mixture=mixture)
 
     def result() -> Comparison:
-        found = from_two_directions(forward, backward, pair.p, pair.q, settings, plan, pair.notes, env)
+        notes = (*pair.notes, *cost_notes(pair.p, pair.q))
+        found = from_two_directions(forward, backward, pair.p, pair.q, settings, plan, notes, env)
         if below is not None:
             below.finish(found.to_dict(), shown_texts(pair.p, backward.shown))
         finish(folder, found, forward, pair.p)

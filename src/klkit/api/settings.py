@@ -14,11 +14,12 @@ FLOORS = ("batch", "dtype", "none")
 UNITS = ("nats", "bits")
 KLKIT, VLLM = "klkit", "vllm"
 SAMPLERS = (KLKIT, VLLM)
-WHOLE_NUMBERS = ("samples", "max_tokens", "context", "seed")
+WHOLE_NUMBERS = ("samples", "max_tokens", "context", "seed", "beam")
 NUMBERS = ("temperature", "rtol")
-ABSENT = ("prompts", "text", "samples", "rtol")  # options that may be None
+ABSENT = ("prompts", "text", "samples", "rtol", "beam")  # options that may be None
 DEFAULT_STRINGS = 256  # when --samples is not given: enough strings for this many, at least one a prompt
 MINIMUM_STRINGS = 64  # --rtol never stops before
+DEFAULT_BEAM = 8  # hypotheses at each byte, when --beam is not given
 CAP_STRINGS = 16384  # --rtol without --samples stops here at the latest
 
 
@@ -36,7 +37,7 @@ class Settings:
         divergence: ``kl``, ``reverse_kl`` (from q's samples), ``js`` or ``jeffreys`` (from both).
         method: estimator of the headline.
         samples: strings a prompt; None for as many as make 256 in all.
-        max_tokens: longest response, in tokens.
+        max_tokens: longest response, in tokens; with ``bytes`` in bytes.
         temperature: softmax temperature of *both* models.
         dtype: precision of both models unless their specification says otherwise.
         device: where both models run.
@@ -46,6 +47,8 @@ class Settings:
         sampler: what draws the strings: ``klkit``, or ``vllm`` with any options of its engine, joined by commas.
         floor: how the numerical floor is measured: ``batch``, ``dtype`` or ``none``.
         shared_only: compare conditionally on the tokens that both vocabularies have.
+        bytes: compare the laws of texts, byte by byte, which needs no common tokenizer.
+        beam: hypotheses about the tokens that are kept at each byte; None for 8.
         unit: ``nats`` or ``bits``, for printing.
     """
 
@@ -68,6 +71,8 @@ class Settings:
     sampler: str = KLKIT
     floor: str = "batch"
     shared_only: bool = False
+    bytes: bool = False
+    beam: int | None = None
     unit: str = "nats"
 
     def __post_init__(self) -> None:
@@ -76,7 +81,7 @@ class Settings:
         _choice("floor", self.floor, FLOORS)
         _choice("unit", self.unit, UNITS)
         _choice("sampler", self.sampler if self.sampler == KLKIT else self.sampler.partition(",")[0], SAMPLERS)
-        for name in ("samples", "max_tokens", "context", "batch_size"):
+        for name in ("samples", "max_tokens", "context", "batch_size", "beam"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise ValueError(
@@ -113,9 +118,13 @@ class Settings:
             idle += ["method"] if self.method not in ("rb", "rb_cv") else []
             why = f"{self.divergence} is put together from two runs of fixed size, by rb (jeffreys: also by rb_cv)"
         if self.sampler != KLKIT and not idle:
-            idle = given("temperature", "shared_only")
+            idle = given("temperature", "shared_only", "bytes")
             idle += ["divergence"] if self.divergence in ("js", "jeffreys") else []
             why = "an engine draws from one model, as it is"
+        if self.bytes and given("text", "shared_only"):
+            idle, why = given("text", "shared_only"), "bytes compares sampled responses, over all 256 bytes"
+        if self.beam is not None and not self.bytes:
+            idle, why = ["beam"], "only the sums of bytes=True have a beam"
         if idle:
             named = ", ".join(f"{name}={getattr(self, name)!r}" for name in idle)
             raise ValueError(
@@ -158,7 +167,7 @@ def _of_kind(name: str, value: Any) -> Any:
     elif name in NUMBERS:
         kind, fits = "a number", whole or isinstance(value, float)
         value = float(value) if whole else value
-    elif name == "shared_only":
+    elif name in ("shared_only", "bytes"):
         kind, fits = "true or false", isinstance(value, bool)
     else:
         kind, fits = "text", isinstance(value, str)

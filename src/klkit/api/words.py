@@ -17,7 +17,7 @@ FINE = 0.01  # relative half-width that the plan line plans for
 def say(headline: Estimate, models: str, source: str) -> str:
     """The headline as one sentence that names estimand, direction, unit, interval method and n."""
     per = {"S": "nats per response", "R": "nats per token", "F": "nats per token of this text"}[headline.estimand]
-    per = per.replace("nats", headline.unit)
+    per = per.replace("nats", headline.unit).replace("token", headline.symbol)
     value = headline.in_unit(headline.value)
     interval = headline.interval()
     if math.isnan(interval.lower):
@@ -129,7 +129,7 @@ def lines(
     if tail_verdict and tail_verdict != "light":
         said["tail"] = tail_verdict
     agreement, variation = companions["same_top"], companions["total_variation"]
-    said["per token"] = (
+    said[f"per {headline.symbol}"] = (
         f"same top-1 {float(agreement['value']):.1%}, total variation {float(variation['value']):.3g}, "
         f"entropy of {first} {headline.in_unit(float(companions[f'entropy_{first}']['value'])):.3g} {unit}"
     )

@@ -28,6 +28,8 @@ klkit estimate org/base org/base,peft=./adapter --rtol 0.05
 
 klkit estimate org/model ./model-int4 --text wiki.txt
 
+klkit estimate klkit:docs klkit:reviews --bytes --max-tokens 32
+
 torchrun --nproc-per-node 8 -m klkit estimate org/policy org/reference --prompts prompts.jsonl"""
 
 WHAT, HOW, WHERE = "What is measured", "How it is computed", "What is printed and kept"
@@ -96,6 +98,18 @@ def estimate_command(
             "--shared-only", help="Compare conditionally on the tokens both vocabularies have.", rich_help_panel=WHAT
         ),
     ] = None,
+    over_bytes: Annotated[
+        bool | None,
+        typer.Option(
+            "--bytes",
+            help="Compare laws of texts byte by byte: tokenizers may differ, --max-tokens counts bytes.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    beam: Annotated[
+        int | None,
+        typer.Option(help="Tokenisations that --bytes keeps at each byte. \\[default: 8]", rich_help_panel=HOW),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -159,9 +173,9 @@ def estimate_command(
     given = {
         "p": p, "q": q, "prompts": prompts, "column": column, "text": text, "context": context,
         "divergence": divergence, "samples": samples, "max_tokens": max_tokens, "temperature": temperature,
-        "shared_only": shared_only, "method": method, "rtol": rtol, "seed": seed, "dtype": dtype,
-        "device": device, "batch_size": batch_size, "sampler": sampler, "floor": floor,
-        "unit": unit,
+        "shared_only": shared_only, "bytes": over_bytes, "beam": beam, "method": method, "rtol": rtol,
+        "seed": seed, "dtype": dtype, "device": device, "batch_size": batch_size, "sampler": sampler,
+        "floor": floor, "unit": unit,
     }  # fmt: skip
     options = read_config(config) if config is not None else {}
     options |= {name: value for name, value in given.items() if value is not None}
@@ -246,7 +260,10 @@ def carry_out(settings: Settings, out: Path | None, json_path: str | None, resum
     from klkit.cli.show import show_result
     from klkit.train.processes import open_processes
 
-    with open_processes(device_of(settings)) as processes, Watcher(settings.unit) as watcher:
+    with (
+        open_processes(device_of(settings)) as processes,
+        Watcher(settings.unit, "byte" if settings.bytes else "token") as watcher,
+    ):
         # A name that another process would make up a second later is another name.
         folder = out or processes.by_first(lambda: default_folder(settings.p, settings.q))
         try:

@@ -50,9 +50,10 @@ class Watcher:
         last: the latest state seen, or None.
     """
 
-    def __init__(self, unit: str) -> None:
+    def __init__(self, unit: str, symbol: str = "token") -> None:
         self.last: Progress | None = None
         self._unit = unit
+        self._symbol = symbol
         self._line = Line()
 
     def __enter__(self) -> Watcher:
@@ -77,7 +78,7 @@ class Watcher:
         error = "" if state.stderr != state.stderr else f" ± {state.stderr / scale:.2g}"
         text = (
             f"{state.strings}/{state.total} strings  KL {state.value / scale:.4g}{error} {self._unit}"
-            f"  {tokens:,.0f} tokens/s  {clock(left)} left"
+            f"  {tokens:,.0f} {self._symbol}s/s  {clock(left)} left"
         )
         return text[:79]
 

@@ -66,7 +66,7 @@ def show_result(comparison: Comparison, folder: Path | None, console: Console | 
         lower, upper = number(row["ci"]["lower"]), number(row["ci"]["upper"])
         table.add_row(
             label if same else f"{label}, {row['direction']}",
-            {"S": "response", "R": "token", "F": "token"}[row["estimand"]],
+            "response" if row["estimand"] == "S" else row["symbol"],
             number(row["value"]),
             number(row["stderr"]),
             "none" if lower == "–" else f"{lower} to {upper}",

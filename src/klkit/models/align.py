@@ -116,7 +116,8 @@ def _refuse_different_strings(p: LanguageModel, q: LanguageModel) -> None:
     raise VocabularyMismatch(
         f"expected two models over the same tokens, got {len(wrong)} ids with different strings"
         f"{' (the same strings in another order)' if permuted else ''}: {listed}; "
-        f"a divergence between token choices needs one tokenizer, so compare models of one family"
+        f"a divergence between token choices needs one tokenizer, so compare models of one family, or the laws of "
+        f"their texts: bytes=True, --bytes on the command line"
     )
 
 

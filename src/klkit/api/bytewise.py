@@ -1,0 +1,36 @@
+"""A run over bytes: models with different tokenizers, compared as laws of texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from klkit.api.settings import DEFAULT_BEAM, Settings
+from klkit.models.base import LanguageModel
+from klkit.models.byte_level import BYTES, ByteLevel, byte_level
+from klkit.models.wrap import temperature
+
+
+def over_bytes(model: LanguageModel, settings: Settings) -> ByteLevel:
+    """The model's law of texts, its choices of tokens at the run's temperature; a byte-level model as it is."""
+    if isinstance(model, ByteLevel):
+        return model
+    if settings.temperature != 1.0:
+        model = temperature(model, settings.temperature)
+    return byte_level(model, beam=settings.beam or DEFAULT_BEAM)
+
+
+def symbol_of(model: LanguageModel) -> str:
+    """What the model chooses at each decision, in a word."""
+    return "byte" if model.vocabulary == BYTES else "token"
+
+
+def cost_notes(*models: LanguageModel) -> tuple[str, ...]:
+    """What the byte-level ones among the models have cost and left out since they were made, one note each."""
+    found = []
+    for model in models:
+        inner: Any = model
+        while hasattr(inner, "base"):
+            inner = inner.base
+        if isinstance(inner, ByteLevel):
+            found.append(f"{inner.name}: {inner.ledger}")
+    return tuple(dict.fromkeys(found))
