@@ -13,6 +13,7 @@ from torch import Tensor
 from klkit.api.breakdown import no_breakdown
 from klkit.api.companions import describe_floor, per_token, text_rows
 from klkit.api.gather import Gathered
+from klkit.api.prepare import alike
 from klkit.api.settings import Settings
 from klkit.api.strings import Plan
 from klkit.api.text import Windows
@@ -27,6 +28,10 @@ from klkit.stats.sequential import final_lower_bound
 from klkit.stats.tails import tail
 
 TABLE = ("rb_cv", "rb", "mc", "cv_string", "k3_string", "k3_token", "ht")
+OTHER_FLOORS = {
+    "dtype": "the model in fp32 against the model as run",
+    "noise": "the model with rounding-size noise after every layer against the model as run",
+}
 TWO_PASSES = "sampling pass against a teacher-forced pass of the same model"
 
 
@@ -38,7 +43,7 @@ def from_strings(
     plan: Plan,
     notes: Sequence[str],
     env: Mapping[str, Any],
-    dtype_floor: Float[Tensor, " k"] | None = None,
+    other_floor: Float[Tensor, " k"] | None = None,
 ) -> Comparison:
     """Result of a run that sampled strings from ``p`` (for the reverse divergence: from the run's q)."""
     reverse = settings.divergence == "reverse_kl"
@@ -53,10 +58,10 @@ def from_strings(
     headline = next(e for e in table if e.method == settings.method)
     # Per token little is left for variates to explain (a long string's large sum is no surprise), so rb it is.
     rate = estimate("mc" if settings.method == "mc" else "rb", "R")
-    checks = audit(whole.tally, same=p is q, pieces=p.pieces, floor=whole.floor, precision=p.dtype)
+    checks = audit(whole.tally, same=p is q, pieces=p.pieces, floor=whole.floor, precision=p.dtype, alike=alike(p, q))
     floor = describe_floor(whole.floor, TWO_PASSES, settings.floor)
-    if dtype_floor is not None:
-        floor = describe_floor(dtype_floor, "the model in fp32 against the model as run", "dtype")
+    if other_floor is not None:
+        floor = describe_floor(other_floor, OTHER_FLOORS[settings.floor], settings.floor)
     return put_together(
         headline,
         (*table, rate),
@@ -104,8 +109,15 @@ def from_two_directions(
             f"the {settings.divergence} divergence is estimated by {headline.method}: it has no variates yet",
         )
     checks = [
-        audit(whole.tally, same=p is q, pieces=model.pieces, floor=whole.floor, precision=model.dtype).to_dict()
-        for whole, model in ((forward, p), (backward, q))
+        audit(
+            whole.tally,
+            same=p is q,
+            pieces=model.pieces,
+            floor=whole.floor,
+            precision=model.dtype,
+            alike=alike(model, other),
+        ).to_dict()
+        for whole, model, other in ((forward, p, q), (backward, q, p))
     ]
     return put_together(
         headline,
@@ -140,7 +152,7 @@ def from_text(
         headline,
         (headline,),
         whole,
-        audited=audit(whole.tally, given=True, same=p is q, pieces=p.pieces).to_dict(),
+        audited=audit(whole.tally, given=True, same=p is q, pieces=p.pieces, alike=alike(p, q)).to_dict(),
         floor=describe_floor(whole.floor, "", "none"),
         settings=settings,
         env=env,

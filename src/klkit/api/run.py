@@ -25,11 +25,12 @@ from klkit.api.prepare import (
 from klkit.api.prompts import read_documents, read_prompts
 from klkit.api.settings import Settings
 from klkit.api.strings import (
+    FLOOR_STRINGS,
     Observer,
     Plan,
     batches_of,
     describe,
-    dtype_floor,
+    floor_of,
     mend_samples,
     no_details,
     run_strings,
@@ -40,6 +41,7 @@ from klkit.estimators.statistics import score
 from klkit.estimators.tally import Tally
 from klkit.estimators.variates import token_features
 from klkit.models.base import LanguageModel
+from klkit.models.noise import with_rounding_noise
 from klkit.models.spec import load
 from klkit.report.html import write_report
 from klkit.report.record import RunFolder
@@ -131,9 +133,12 @@ def measure(
             reverse = settings.divergence == "reverse_kl"
             if reverse:
                 pair, plan = pair.swapped(), plan.swapped()
-            if wide is not None:
-                wide = prepare(wide, pair.q, settings, prompts).p
-            whole, result = measure_strings(pair, plan, settings, env, wide, folder, observe)
+            other: LanguageModel | None = None
+            if settings.floor == "noise":
+                other = with_rounding_noise(pair.p, seed=settings.seed)
+            elif wide is not None:
+                other = prepare(wide, pair.q, settings, prompts).p
+            whole, result = measure_strings(pair, plan, settings, env, other, folder, observe)
     if folder is not None:
         folder.finish(result.to_dict(), shown_texts(pair.p, whole.shown))
         write_report(folder)
@@ -155,18 +160,20 @@ def measure_strings(
     plan: Plan,
     settings: Settings,
     env: Mapping[str, Any],
-    wide: LanguageModel | None,
+    other: LanguageModel | None,
     folder: RunFolder | None,
     observe: Observer | None,
 ) -> tuple[Gathered, Comparison]:
-    """Estimand S and R from strings of ``pair.p``."""
+    """Estimand S and R from strings of ``pair.p``; ``other`` is what the floor is measured with, if not ``batch``."""
     whole = draw_strings(pair, plan, settings, folder, observe)
     if settings.rtol is not None and not narrow_enough(whole.tally, settings):
         cut_short = (
             f"the interval is still wider than rtol={settings.rtol:g} allows: {plan.total} strings were the limit"
         )
         pair = replace(pair, notes=(*pair.notes, cut_short))
-    floor = None if wide is None else dtype_floor(wide, pair.p, whole.shown.statistics.x)
+    shown = whole.shown.statistics.x
+    few = shown.select(torch.arange(min(len(shown), FLOOR_STRINGS)))
+    floor = None if other is None else floor_of(other, pair.p, few)
     return whole, from_strings(whole, pair.p, pair.q, settings, plan, pair.notes, env, floor)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 METHODS = ("rb_cv", "rb", "mc", "k3_string", "cv_string", "k3_token", "ht")
 DIVERGENCES = ("kl", "reverse_kl", "js", "jeffreys")
-FLOORS = ("batch", "dtype", "none")
+FLOORS = ("batch", "dtype", "noise", "none")
 UNITS = ("nats", "bits")
 WHOLE_NUMBERS = ("samples", "max_tokens", "context", "seed")
 NUMBERS = ("temperature", "rtol")
@@ -41,7 +41,7 @@ class Settings:
         batch_size: strings a batch, or "auto".
         seed: names every random draw of the run.
         rtol: stop when the half-width of the 95 % interval is below this share of the estimate.
-        floor: how the numerical floor is measured: ``batch``, ``dtype`` or ``none``.
+        floor: how the numerical floor is measured: ``batch``, ``dtype``, ``noise`` or ``none``.
         shared_only: compare conditionally on the tokens that both vocabularies have.
         unit: ``nats`` or ``bits``, for printing.
     """
@@ -101,10 +101,10 @@ class Settings:
             idle, why = given("context"), "windows are cut from --text only"
         else:
             idle = given("prompts", "divergence", "rtol", "samples", "max_tokens", "method")
-            idle += ["floor"] if self.floor == "dtype" else []
+            idle += ["floor"] if self.floor in ("dtype", "noise") else []
             why = "with --text nothing is sampled: every token of the text is scored once, exactly"
         if self.divergence in ("js", "jeffreys"):
-            idle += given("rtol") + (["floor"] if self.floor == "dtype" else [])
+            idle += given("rtol") + (["floor"] if self.floor in ("dtype", "noise") else [])
             idle += ["method"] if self.method not in ("rb", "rb_cv") else []
             why = f"{self.divergence} is put together from two runs of fixed size, by rb (jeffreys: also by rb_cv)"
         if idle:

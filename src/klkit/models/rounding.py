@@ -65,9 +65,13 @@ def rounded_rows(weight: Float[Tensor, "o i"], kind: str, group: int | None = No
 
 
 def linear_layers(network: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers of a network by name, all but its output head."""
+    """The linear layers of a network by name: all but its output head, and but those of adapters on it."""
     head = network.get_output_embeddings()
+    head = getattr(head, "base_layer", head)
+    adapted = [name for name, module in network.named_modules() if hasattr(module, "base_layer")]
     for name, module in network.named_modules():
+        if any(name == a or (name.startswith(f"{a}.") and not name.startswith(f"{a}.base_layer")) for a in adapted):
+            continue
         # Kernels of quantised layers are linear layers by inheritance, so it is the interface that tells.
         linear = isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "in_features")
         if linear and module is not head and hasattr(module, "weight"):

@@ -153,9 +153,11 @@ def innermost(model: LanguageModel) -> LanguageModel:
         >>> innermost(temperature(top_k(p, 1), 0.5)) is p
         True
     """
-    while isinstance(model, Transformed):
-        model = model.base
-    return model
+    inner: Any = model
+    while hasattr(inner, "base"):
+        inner = inner.base
+    found: LanguageModel = inner
+    return found
 
 
 def temperature(model: LanguageModel, t: float) -> Transformed:
