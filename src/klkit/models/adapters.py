@@ -27,7 +27,9 @@ class SharedNetwork:
     def __init__(self, network: Any, notes: tuple[str, ...] = ()) -> None:
         self.network = network.eval()
         self.notes = notes
-        self._own: dict[str, Tensor] = dict(network.state_dict())  # no copies: adapters rename what the network shows
+        # No copies: adapters rename what the network shows, and put modules around its own.
+        self._own: dict[str, Tensor] = dict(network.state_dict())
+        self._modules: dict[str, Any] = dict(network.named_modules(remove_duplicate=False))
         self._wrapped: Any = None
         self._active: list[str | None] = []
         self._numbers = itertools.count()
@@ -94,11 +96,16 @@ class SharedNetwork:
 
     def detach(self, name: str) -> None:
         """Remove an adapter and free its weights; after the last one the network is as it was read."""
-        with quiet():
-            if set(self._wrapped.peft_config) == {name}:
-                self._wrapped.unload()
-                self._wrapped = None
-            else:
+        if set(self._wrapped.peft_config) == {name}:
+            # Put back by hand: peft's own way leaves a head that an adapter brought in place of the network's.
+            for place, module in self._modules.items():
+                parent, _, leaf = place.rpartition(".")
+                if place and getattr(self._modules[parent], leaf) is not module:
+                    setattr(self._modules[parent], leaf, module)
+            vars(self.network).pop("peft_config", None)
+            self._wrapped = None
+        else:
+            with quiet():
                 self._wrapped.delete_adapter(name)
         self._active = []
 

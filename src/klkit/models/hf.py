@@ -168,8 +168,7 @@ class HuggingFaceModel:
     def release(self) -> None:
         """Let go of the network, whoever still holds this model: from now on it refuses to work."""
         gone: Any = Released(self.name)
-        self.model, self._weights = gone, gone
-        self._network.release(gone)
+        self.model = self._network = self._weights = gone
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """Each token as readable text; bytes that are no complete character are escaped."""

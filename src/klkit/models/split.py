@@ -119,10 +119,6 @@ class SplitNetwork:
         weight, bias = cast(Tensor, self._head.weight), cast(Tensor | None, self._head.bias)
         return Head(weight, bias, self._factor, self._cap, min(self.size, len(weight)))
 
-    def release(self, gone: Any) -> None:
-        """Put ``gone`` in place of the network."""
-        self.network, self._head, self._activate = gone, gone, None
-
     def _verify(self, tokens: Int[Tensor, "1 l"], name: str) -> tuple[int, int]:
         """Settle how logits follow from trunk vectors, or that nothing is cut; return (v, d)."""
         head, self._head = self._head, None
