@@ -15,6 +15,7 @@ from klkit.api.bytewise import symbol_of
 from klkit.api.companions import describe_floor, engine_gaps, per_token, text_rows
 from klkit.api.gather import Gathered
 from klkit.api.plan import Plan
+from klkit.api.prepare import alike
 from klkit.api.settings import KLKIT, Settings
 from klkit.api.text import Windows
 from klkit.api.words import both_audits, lines, renamed, say
@@ -28,6 +29,10 @@ from klkit.stats.sequential import final_lower_bound
 from klkit.stats.tails import tail
 
 TABLE = ("rb_cv", "rb", "mc", "cv_string", "k3_string", "k3_token", "ht")
+OTHER_FLOORS = {
+    "dtype": "the model in fp32 against the model as run",
+    "noise": "the model with rounding-size noise after every layer against the model as run",
+}
 TWO_PASSES = "sampling pass against a teacher-forced pass of the same model"
 TWO_BATCHES = "two batches of other shapes, by the same model"
 
@@ -40,7 +45,7 @@ def from_strings(
     plan: Plan,
     notes: Sequence[str],
     env: Mapping[str, Any],
-    dtype_floor: Float[Tensor, " k"] | None = None,
+    other_floor: Float[Tensor, " k"] | None = None,
 ) -> Comparison:
     """Result of a run that sampled strings from ``p`` (for the reverse divergence: from the run's q)."""
     reverse = settings.divergence == "reverse_kl"
@@ -56,10 +61,13 @@ def from_strings(
     # Per token little is left for variates to explain (a long string's large sum is no surprise), so rb it is.
     rate = estimate("mc" if settings.method == "mc" else "rb", "R")
     engine = settings.sampler != KLKIT
-    checks = audit(whole.tally, engine=engine, same=p is q, pieces=p.pieces, floor=whole.floor, precision=p.dtype)
+    checks = audit(
+        whole.tally, engine=engine, same=p is q, pieces=p.pieces, floor=whole.floor, precision=p.dtype,
+        alike=alike(p, q),
+    )  # fmt: skip
     floor = describe_floor(whole.floor, TWO_BATCHES if engine else TWO_PASSES, settings.floor)
-    if dtype_floor is not None:
-        floor = describe_floor(dtype_floor, "the model in fp32 against the model as run", "dtype")
+    if other_floor is not None:
+        floor = describe_floor(other_floor, OTHER_FLOORS[settings.floor], settings.floor)
     return put_together(
         headline,
         (*table, rate),
@@ -107,8 +115,15 @@ def from_two_directions(
             f"the {settings.divergence} divergence is estimated by {headline.method}: it has no variates yet",
         )
     checks = [
-        audit(whole.tally, same=p is q, pieces=model.pieces, floor=whole.floor, precision=model.dtype).to_dict()
-        for whole, model in ((forward, p), (backward, q))
+        audit(
+            whole.tally,
+            same=p is q,
+            pieces=model.pieces,
+            floor=whole.floor,
+            precision=model.dtype,
+            alike=alike(model, other),
+        ).to_dict()
+        for whole, model, other in ((forward, p, q), (backward, q, p))
     ]
     return put_together(
         headline,
@@ -146,7 +161,7 @@ def from_text(
         headline,
         (headline,),
         whole,
-        audited=audit(whole.tally, given=True, same=p is q, pieces=p.pieces).to_dict(),
+        audited=audit(whole.tally, given=True, same=p is q, pieces=p.pieces, alike=alike(p, q)).to_dict(),
         floor=describe_floor(whole.floor, "", "none"),
         settings=settings,
         env=env,

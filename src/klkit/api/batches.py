@@ -74,10 +74,9 @@ def batch_floor(
     return torch.from_numpy(rao_blackwell(collect(p, mine, p, p.encode(few), few)))
 
 
-def dtype_floor(wide: LanguageModel, p: LanguageModel, x: Sequences) -> Float[Tensor, " k"]:
-    """``KL(wide‖p)`` of the first strings, in nats, where ``wide`` is ``p`` in fp32: the cost of ``p``'s precision."""
-    few = x.select(torch.arange(min(len(x), FLOOR_STRINGS)))
-    return torch.from_numpy(rao_blackwell(collect(wide, wide.encode(few), p, p.encode(few), few)))
+def floor_of(other: LanguageModel, p: LanguageModel, x: Sequences) -> Float[Tensor, " k"]:
+    """``KL(other‖p)`` of each string, in nats, where ``other`` is ``p`` rounded otherwise: in fp32, or with noise."""
+    return torch.from_numpy(rao_blackwell(collect(other, other.encode(x), p, p.encode(x), x)))
 
 
 class MostProbable:

@@ -11,7 +11,7 @@ from klkit.caches.cache import StaleCache, TeacherCache
 from klkit.caches.recording import Recording
 from klkit.caches.sizes import CacheSize
 from klkit.caches.verify import Agreement, compare
-from klkit.models.spec import load
+from klkit.models.spec import load_network
 from klkit.train.examples import Example, encode_examples, read_examples, without_empty
 
 
@@ -76,7 +76,7 @@ def build_cache(
         ('hidden', 1, 1)
     """
     examples = _examples(order.data, order.prompt_column, order.response_column, order.skip_empty)
-    teacher = load(order.teacher, **({} if order.device == "cpu" else {"device": order.device}))
+    teacher = load_network(order.teacher, **({} if order.device == "cpu" else {"device": order.device}))
     strings = encode_examples(teacher, examples, order.max_tokens)
     if announce is not None:
         announce(size_of(teacher, strings, order.recording))
@@ -140,7 +140,7 @@ def inspect_cache(
         if data is not None:
             raise ValueError("expected the teacher whose tokenizer reads the data, got none; add --teacher")
         return Inspection(cache, None, None)
-    model = load(teacher, **({} if device == "cpu" else {"device": device}))
+    model = load_network(teacher, **({} if device == "cpu" else {"device": device}))
     limit = cache.manifest.data.max_tokens
     strings = None
     if data is not None:

@@ -18,7 +18,7 @@ from klkit.divergences.partial import Sampled, TopK
 from klkit.files import write_text
 from klkit.models.base import VocabularyMismatch
 from klkit.models.hf import HuggingFaceModel
-from klkit.models.spec import ModelSpec, load
+from klkit.models.spec import ModelSpec, load_network
 from klkit.objectives.distill import exactness
 from klkit.objectives.distill_labels import Claim, claim
 from klkit.objectives.distill_losses import CROSS_ENTROPY, token_loss
@@ -91,7 +91,7 @@ def prepare(plan: Distillation, examples: Sequence[Example] | None = None) -> Pr
         chosen, held_out = set(), read_examples(plan.held_out, **columns)
     numbers = [i for i in range(len(given)) if i not in chosen]
     training = [given[i] for i in numbers]
-    teacher = None if plan.teacher is None else load(plan.teacher, **_place(plan))
+    teacher = None if plan.teacher is None else load_network(plan.teacher, **_place(plan))
     model = load_student(plan)
     size, foreign = (None, False) if teacher is None else _compare(teacher, model, recipe, notes)
     ends = None
@@ -148,7 +148,7 @@ def split(count: int, plan: Distillation) -> tuple[set[int], str]:
 def load_student(plan: Distillation) -> HuggingFaceModel:
     """The student as it is: in single precision, where all weights are trained and nothing else was asked for."""
     wide = not plan.lora and ModelSpec.parse(plan.student).dtype is None
-    return load(plan.student, **_place(plan), **({"dtype": "float32"} if wide else {}))
+    return load_network(plan.student, **_place(plan), **({"dtype": "float32"} if wide else {}))
 
 
 def make_learner(plan: Distillation, model: HuggingFaceModel, ends: Sequence[int] | None = None) -> Learner:

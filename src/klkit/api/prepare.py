@@ -21,7 +21,7 @@ from klkit.api.strings import ALONE
 from klkit.models.align import align, context_note
 from klkit.models.base import LanguageModel
 from klkit.models.spec import ModelSpec, load_pair
-from klkit.models.wrap import temperature
+from klkit.models.wrap import innermost, temperature
 from klkit.sequences import Prompts
 from klkit.stats.intervals import MINIMUM_CLUSTERS
 from klkit.train.processes import Processes
@@ -118,8 +118,8 @@ def prepare(p: LanguageModel, q: LanguageModel, settings: Settings, prompts: Pro
     if settings.bytes:
         p = over_bytes(p, settings)
         q = p if same else over_bytes(q, settings)
-    # A transformed model has no notes of its own, so they are read off before anything is wrapped.
-    loading = [f"{m.name}: {note}" for m in ((p,) if same else (p, q)) for note in getattr(m, "notes", ())]
+    # A transformed model has no notes of its own, but what it transforms may have some.
+    loading = [f"{m.name}: {note}" for m in ((p,) if same else (p, q)) for note in getattr(innermost(m), "notes", ())]
     if same:
         notes: tuple[str, ...] = ("p and q are one and the same model: the divergence is 0 by definition",)
     else:
@@ -184,9 +184,7 @@ def document_ids(model: LanguageModel, text: str) -> Tensor:
     """Ids of a document of any length, as the model's tokenizer makes them for a text."""
     from klkit.models.tokenization import context_ids
 
-    inner: Any = model
-    while not hasattr(inner, "tokenizer") and hasattr(inner, "base"):
-        inner = inner.base  # a transformation of a model
+    inner: Any = innermost(model)
     if hasattr(inner, "tokenizer"):
         return context_ids(inner.tokenizer, text, inner.vocabulary)
     return model.context(text)
@@ -232,10 +230,38 @@ def environment(settings: Settings, pair: Pair) -> dict[str, Any]:
 
 def model_digest(model: LanguageModel) -> str:
     """What tells one set of weights from another: the digest of the model under any transformations, or its name."""
-    inner: Any = model
-    while hasattr(inner, "base"):
-        inner = inner.base
+    inner: Any = innermost(model)
     return str(getattr(inner, "digest", inner.name))
+
+
+def alike(p: LanguageModel, q: LanguageModel) -> str:
+    """What weights and adapters say of why two models might give the same numbers; empty where they say nothing.
+
+    Example:
+        >>> from klkit.models.automaton import coin
+        >>> alike(coin(end=0.5), coin(end=0.25))
+        ''
+    """
+    one, two = innermost(p), innermost(q)
+    idle = [role for role, model in (("p", one), ("q", two)) if getattr(model, "inert", False)]
+    if idle:
+        return (
+            f"The adapter of {' and that of '.join(idle)} changes nothing: its B matrices are all zero, as LoRA "
+            f"initialises them; was it saved before it was trained?"
+        )
+    if not (hasattr(one, "digest") and hasattr(two, "digest")):
+        return ""
+    if one is two or model_digest(p) == model_digest(q):
+        what = "one model under two names" if p.name != q.name else "a model and itself"
+        return (
+            f"Both sides have the same weights, value for value (digest {model_digest(p)}): this compares {what}; "
+            f"look at the paths and options of both."
+        )
+    return (
+        f"The weights of the two sides are different ones (digests {model_digest(p)} and {model_digest(q)}), but what "
+        f"differs takes no part in these predictions: look for a weight that is not used, or an adapter or patch that "
+        f"is not active."
+    )
 
 
 def contexts_digest(plan: Plan) -> str:

@@ -22,7 +22,7 @@ from klkit.api.prompts import read_prompts
 from klkit.api.reproduce_distill_measure import Questions, answer, on_answers, on_text, written
 from klkit.api.reproduce_distill_train import SEQUENCE_REVERSE_KL, Texts, Training, distil, warm_up
 from klkit.models.hf import HuggingFaceModel
-from klkit.models.spec import load
+from klkit.models.spec import load_network
 from klkit.sequences import Sequences
 from klkit.zoo import corpus, instructions
 from klkit.zoo.training import Example, fresh, train
@@ -209,7 +209,7 @@ def prepare(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         own = answer(teacher, [text.context(i) for i in range(len(text))], 1, 40, seed=5)
         Texts.read(teacher, own).save(place / "teacher.safetensors")
     else:
-        teacher = load("klkit:docs")
+        teacher = load_network("klkit:docs")
         training, held_out = corpus.split([text for texts in corpus.paragraphs().values() for text in texts])
         # In an order that has nothing to do with the topics, so that a part of it is a fair sample.
         training, held_out = (sorted(texts, key=_digest) for texts in (training, held_out))
@@ -288,7 +288,7 @@ def _questions(study: DistillStudy, tier: str, teacher: HuggingFaceModel) -> tup
 @lru_cache(maxsize=2)
 def _material(place: Path, tier: str) -> tuple[HuggingFaceModel, dict[str, Texts]]:
     """A tier's teacher and texts, read once a process."""
-    teacher = load(str(place / "model")) if tier == "language" else load("klkit:docs")
+    teacher = load_network(str(place / "model")) if tier == "language" else load_network("klkit:docs")
     return teacher, {file.stem: Texts.load(file) for file in sorted(place.glob("*.safetensors"))}
 
 

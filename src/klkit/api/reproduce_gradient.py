@@ -29,7 +29,7 @@ from klkit.estimators import ESTIMATORS
 from klkit.estimators.statistics import TokenStatistics, score
 from klkit.files import write_atomically
 from klkit.models.hf import HuggingFaceModel
-from klkit.models.spec import load
+from klkit.models.spec import load_network
 from klkit.objectives.policy import GRADIENT_ESTIMATORS, best_share, kl_surrogate
 from klkit.rng import numpy_stream
 from klkit.sampling.ancestral import sample
@@ -165,7 +165,7 @@ def train_checkpoints(settings: Mapping[str, Any], folder: Path) -> dict[str, An
         max_tokens=study.max_tokens, seed=study.seed,
     )  # fmt: skip
     held_out = [str(text) for text in read_prompts(MODEL).contents]
-    state = start(load(MODEL), openings(256, seed=study.seed, without=held_out), grammar_reward, recipe)
+    state = start(load_network(MODEL), openings(256, seed=study.seed, without=held_out), grammar_reward, recipe)
     curve = []
     while state.step < study.checkpoints[-1]:
         state, metrics = step(state)
@@ -179,7 +179,7 @@ def train_checkpoints(settings: Mapping[str, Any], folder: Path) -> dict[str, An
 def measure_checkpoint(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Rows of :class:`Spread` at one checkpoint."""
     study = _study(settings)
-    p, q = load(MODEL, name="policy"), load(MODEL)
+    p, q = load_network(MODEL, name="policy"), load_network(MODEL)
     trained = load_file(_weights(folder, settings["checkpoint"]))
     with torch.no_grad():
         for name, weight in p.model.named_parameters():

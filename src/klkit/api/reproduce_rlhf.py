@@ -21,7 +21,7 @@ from klkit.api.prompts import read_prompts
 from klkit.estimators import ESTIMATORS
 from klkit.estimators.statistics import score
 from klkit.models.hf import HuggingFaceModel
-from klkit.models.spec import load
+from klkit.models.spec import load_network
 from klkit.sampling.ancestral import sample
 from klkit.train.recipe import Recipe
 from klkit.train.rewards import grammar_reward, rewarded
@@ -138,7 +138,7 @@ def train_and_measure(settings: Mapping[str, Any], folder: Path) -> dict[str, An
     """One run: the points half-way and at the end, and reward and KL of its own strings at every step."""
     study = Study(**settings["study"])
     recipe = study.recipe(settings["arm"], settings["coefficient"], settings["seed"])
-    reference = load(MODEL)
+    reference = load_network(MODEL)
     held_out = [str(text) for text in read_prompts(MODEL).contents]
     state = start(reference, openings(256, seed=0, without=held_out), grammar_reward, recipe)
     identity = {"arm": recipe.penalty, "coefficient": recipe.coefficient, "seed": recipe.seed}

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from klkit.api.assemble import from_strings, from_text, from_two_directions
-from klkit.api.batches import batches_of, describe, dtype_floor, no_details
+from klkit.api.batches import FLOOR_STRINGS, batches_of, describe, floor_of, no_details
 from klkit.api.bytewise import cost_notes
 from klkit.api.drawn import Sampler
 from klkit.api.gather import Gathered
@@ -43,6 +43,7 @@ from klkit.estimators.statistics import score
 from klkit.estimators.tally import Tally
 from klkit.estimators.variates import token_features
 from klkit.models.base import LanguageModel
+from klkit.models.noise import with_rounding_noise
 from klkit.models.spec import load
 from klkit.report.html import write_report
 from klkit.report.record import RunFolder
@@ -182,15 +183,20 @@ def measure_prompts(
         env = environment(settings, pair) | {"contexts": contexts_digest(plan)}
         if settings.divergence == "reverse_kl":
             pair, plan = pair.swapped(), plan.swapped()
-        return pair, plan, env, None if wide is None else prepare(wide, pair.q, settings, prompts).p
+        other: LanguageModel | None = None
+        if settings.floor == "noise":
+            other = with_rounding_noise(pair.p, seed=settings.seed)
+        elif wide is not None:
+            other = prepare(wide, pair.q, settings, prompts).p
+        return pair, plan, env, other
 
-    pair, plan, env, wide = share.processes.everywhere(ready)
+    pair, plan, env, other = share.processes.everywhere(ready)
     require_alike(env, share.processes)
     settings = replace(settings, samples=plan.samples, max_tokens=plan.max_tokens)
     folder = start(out, settings, env, resume, share.processes)
     if settings.divergence in ("js", "jeffreys"):
         return measure_both(pair, plan, settings, env, folder, resume, share)
-    return measure_strings(pair, plan, settings, env, wide, folder, share)
+    return measure_strings(pair, plan, settings, env, other, folder, share)
 
 
 def start(
@@ -212,11 +218,11 @@ def measure_strings(
     plan: Plan,
     settings: Settings,
     env: Mapping[str, Any],
-    wide: LanguageModel | None,
+    other: LanguageModel | None,
     folder: RunFolder | None,
     share: Share,
 ) -> Comparison:
-    """Estimand S and R from strings of ``pair.p``."""
+    """Estimand S and R from strings of ``pair.p``; ``other`` is what the floor is measured with, if not ``batch``."""
     whole = draw_strings(pair, plan, settings, folder, share)
 
     def result() -> Comparison:
@@ -226,7 +232,9 @@ def measure_strings(
                 *notes,
                 f"the interval is still wider than rtol={settings.rtol:g} allows: {plan.total} strings were the limit",
             )
-        floor = None if wide is None else dtype_floor(wide, pair.p, whole.shown.statistics.x)
+        shown = whole.shown.statistics.x
+        few = shown.select(torch.arange(min(len(shown), FLOOR_STRINGS)))
+        floor = None if other is None else floor_of(other, pair.p, few)
         found = from_strings(whole, pair.p, pair.q, settings, plan, notes, env, floor)
         finish(folder, found, whole, pair.p)
         return found

@@ -10,7 +10,7 @@ from typing import Any
 
 METHODS = ("rb_cv", "rb", "mc", "k3_string", "cv_string", "k3_token", "ht")
 DIVERGENCES = ("kl", "reverse_kl", "js", "jeffreys")
-FLOORS = ("batch", "dtype", "none")
+FLOORS = ("batch", "dtype", "noise", "none")
 UNITS = ("nats", "bits")
 KLKIT, VLLM = "klkit", "vllm"
 SAMPLERS = (KLKIT, VLLM)
@@ -45,7 +45,7 @@ class Settings:
         seed: names every random draw of the run.
         rtol: stop when the half-width of the 95 % interval is below this share of the estimate.
         sampler: what draws the strings: ``klkit``, or ``vllm`` with any options of its engine, joined by commas.
-        floor: how the numerical floor is measured: ``batch``, ``dtype`` or ``none``.
+        floor: how the numerical floor is measured: ``batch``, ``dtype``, ``noise`` or ``none``.
         shared_only: compare conditionally on the tokens that both vocabularies have.
         bytes: compare the laws of texts, byte by byte, which needs no common tokenizer.
         beam: hypotheses about the tokens that are kept at each byte; None for 8.
@@ -111,10 +111,10 @@ class Settings:
             idle, why = given("context"), "windows are cut from --text only"
         else:
             idle = given("prompts", "divergence", "rtol", "samples", "max_tokens", "method", "sampler")
-            idle += ["floor"] if self.floor == "dtype" else []
+            idle += ["floor"] if self.floor in ("dtype", "noise") else []
             why = "with --text nothing is sampled: every token of the text is scored once, exactly"
         if self.divergence in ("js", "jeffreys"):
-            idle += given("rtol") + (["floor"] if self.floor == "dtype" else [])
+            idle += given("rtol") + (["floor"] if self.floor in ("dtype", "noise") else [])
             idle += ["method"] if self.method not in ("rb", "rb_cv") else []
             why = f"{self.divergence} is put together from two runs of fixed size, by rb (jeffreys: also by rb_cv)"
         if self.sampler != KLKIT and not idle:

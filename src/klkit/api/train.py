@@ -13,7 +13,7 @@ import numpy as np
 
 from klkit.api.prepare import versions
 from klkit.api.prompts import read_prompts
-from klkit.models.spec import ModelSpec, load
+from klkit.models.spec import ModelSpec, load_network
 from klkit.report.plots import reward_kl_figure
 from klkit.rng import numpy_stream
 from klkit.sequences import Content
@@ -208,9 +208,9 @@ def train_rl(
 def make_policy(training: Training) -> Policy:
     """Load what is trained and what it is held to."""
     options = {} if training.device == "cpu" else {"device": training.device}
-    model = load(training.policy, **options)
+    model = load_network(training.policy, **options)
     if not training.lora:
-        reference = model if training.reference is None else load(training.reference, **options)
+        reference = model if training.reference is None else load_network(training.reference, **options)
         return full_policy(model, reference)
     policy = lora_policy(model, training.lora, layers=training.lora_layers, seed=training.recipe.seed, in_place=True)
     name_base(policy, training.policy)

@@ -37,7 +37,7 @@ ModelSpec = Annotated[
     str,
     typer.Argument(
         help="Hub id, folder or klkit:NAME; options follow commas: "
-        "org/name@revision,dtype=bfloat16,device=cuda,peft=FOLDER,attn=sdpa,trust_remote_code=true",
+        "org/name@revision,dtype=bfloat16,device=cuda,peft=FOLDER,round=int4,temperature=0.9,attn=sdpa",
         show_default=False,
     ),
 ]
@@ -48,7 +48,7 @@ def estimate_command(
         str | None,
         typer.Argument(
             metavar="P",
-            help="The model that generates: hub id, folder or klkit:NAME, then ,option=value: dtype, peft, ends, …",
+            help="The model that generates: hub id, folder or klkit:NAME, then ,option=value: dtype, peft, round, …",
             show_default=False,
         ),
     ] = None,
@@ -148,7 +148,8 @@ def estimate_command(
     floor: Annotated[
         str | None,
         typer.Option(
-            help="Numerical floor: batch (p against itself), dtype (against fp32), none. \\[default: batch]",
+            help="Numerical floor: batch (p against itself), dtype (against fp32), noise (after every layer), none. "
+            "\\[default: batch]",
             rich_help_panel=HOW,
         ),
     ] = None,

@@ -112,6 +112,7 @@ def audit(
     pieces: Callable[[Sequence[int]], list[str]] | None = None,
     floor: Float[Tensor, " k"] | None = None,
     precision: torch.dtype = torch.float32,
+    alike: str = "",
 ) -> Audit:
     """Check that the strings came from ``p``, and that the numbers computed from them are sound.
 
@@ -126,6 +127,8 @@ def audit(
         pieces: tokens to text, for the advice on excluded tokens (``model.pieces``).
         floor: ``KL(p‖p)`` between two passes of ``p`` over the first strings, one teacher-forced, ``(k,)``.
         precision: the models' arithmetic, which decides how much two passes may differ.
+        alike: what is known of why ``p`` and ``q`` might give the same numbers, a sentence for the advice where they
+            do: equal weights, say, or an adapter that is all zero.
 
     Example:
         >>> from klkit.estimators.statistics import score
@@ -169,7 +172,7 @@ def audit(
         checks.append(two_passes(strings, floor, precision))
     if not given:
         checks.append(truncation(strings))
-    return Audit((*checks, excluded(evidence, pieces), zero(evidence, same)), exempt)
+    return Audit((*checks, excluded(evidence, pieces), zero(evidence, same, alike)), exempt)
 
 
 def tail_bound(quadratic: float, variance: float, alarm: float) -> float:
@@ -364,14 +367,13 @@ def excluded(evidence: Evidence, pieces: Callable[[Sequence[int]], list[str]] | 
     return Check("infinite_decisions", float(count), 0.0, "warn", advice)
 
 
-def zero(evidence: Evidence, same: bool) -> Check:
-    """Whether no single decision differs by more than rounding."""
+def zero(evidence: Evidence, same: bool, alike: str = "") -> Check:
+    """Whether no single decision differs by more than rounding, and what is known of the reason."""
     share = evidence.negligible / evidence.decisions if evidence.decisions else 1.0
     if same:
         return Check("no_difference_share", share, 1.0, "pass", "The two sides are said to be one model.")
     if share == 1:
-        advice = (
-            "No decision differs by more than rounding: are these the same weights? Is the adapter loaded and active?"
-        )
+        known = alike or "Are these the same weights? Is the adapter loaded and active?"
+        advice = f"No decision differs by more than rounding. {known}"
         return Check("no_difference_share", share, 1.0, "warn", advice)
     return Check("no_difference_share", share, 1.0, "pass", "The two sides differ.")

@@ -1,10 +1,10 @@
-"""Reading checkpoints: one network, its tokenizer, and the adapters that share it."""
+"""Reading checkpoints: a network without adapters, and its tokenizer."""
 
 from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,114 +12,15 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from torch import Tensor
 
-from klkit.models.hf import HuggingFaceModel
-from klkit.models.spec import ADAPTER_FILE, ModelSpec, locate
+from klkit.models.rounding import round_weights
+from klkit.models.spec import ModelSpec, locate
 
 library: Any = transformers  # its own annotations are partial
 
 
-def load_one(spec: ModelSpec, name: str) -> HuggingFaceModel:
-    """The model of one spec, its adapter applied. Raises as :func:`klkit.models.spec.load`."""
-    with quiet():
-        network, notes = read_network(spec)
-        if spec.peft is not None:
-            network = attach(network, [spec])[0].get_base_model()
-        model = HuggingFaceModel(network, read_tokenizer(spec), name=name, ends=spec.end_ids())
-    model.notes = (*notes, *model.notes)
-    return model
-
-
-def load_shared(p: ModelSpec, q: ModelSpec, names: Sequence[str]) -> tuple[HuggingFaceModel, HuggingFaceModel] | None:
-    """Two states of one copy of the weights, or None if adapters here alter the base itself."""
-    with quiet():
-        network, notes = read_network(p.base())
-        before = _fingerprint(network)
-        wrapped, switch = attach(network, [p, q])
-        switch(None)
-        if not torch.equal(before, _fingerprint(network)):
-            return None
-        models = []
-        for spec, name in zip((p, q), names, strict=True):
-
-            def activate(adapter: str | None = spec.peft and adapter_name(spec)) -> None:
-                switch(adapter)
-
-            model = HuggingFaceModel(
-                wrapped.get_base_model(), read_tokenizer(spec), name=name, ends=spec.end_ids(), activate=activate
-            )
-            model.notes = (*notes, *model.notes)
-            models.append(model)
-    return models[0], models[1]
-
-
-def adapter_name(spec: ModelSpec) -> str:
-    """A name for the adapter of ``spec`` inside its network: module names hold no dots."""
-    return str(spec.peft).replace(".", "_")
-
-
-def attach(network: Any, specs: Sequence[ModelSpec]) -> tuple[Any, Callable[[str | None], None]]:
-    """Put the adapters of ``specs`` on ``network``; return it wrapped, and a switch (None: no adapter).
-
-    Raises:
-        ImportError: peft is not installed.
-        ValueError: an adapter works by prompt tokens rather than in the layers, or does not fit.
-        OSError: an adapter cannot be found.
-    """
-    if importlib.util.find_spec("peft") is None:
-        raise ImportError(
-            "expected the peft library for peft=..., got none; install it with: pip install 'klkit[peft]'"
-        )
-    import peft
-
-    wrapped: Any = None
-    for spec in specs:
-        if spec.peft is None:
-            continue
-        source, name = locate(spec.peft), adapter_name(spec)
-        local = Path(source).is_dir()
-        if local and not (Path(source) / ADAPTER_FILE).is_file():
-            raise FileNotFoundError(
-                f"expected a folder with {ADAPTER_FILE}, got {spec.peft!r}, which holds {_listing(source)}; "
-                f"name the folder that peft saved the adapter in"
-            )
-        with _explained(spec.peft):
-            config = peft.PeftConfig.from_pretrained(source)
-            if config.is_prompt_learning or config.is_adaption_prompt:
-                raise ValueError(
-                    f"expected an adapter that works inside the layers (LoRA and its kin), got {config.peft_type} in "
-                    f"{spec.peft!r}; prompt-based adapters are not supported"
-                )
-            try:
-                if wrapped is None:
-                    wrapped = peft.PeftModel.from_pretrained(network, source, adapter_name=name)
-                else:
-                    wrapped.load_adapter(source, adapter_name=name)
-            except (RuntimeError, ValueError) as error:
-                raise ValueError(
-                    f"expected an adapter that fits {spec.path!r}, got {spec.peft!r}, which does not: "
-                    f"{_first_line(error)}; name the base model it was trained on"
-                ) from None
-    wrapped.eval()
-    tuner = wrapped.base_model
-    active: list[str | None] = []
-
-    def switch(name: str | None) -> None:
-        if active == [name]:
-            return
-        if name is None:
-            tuner.disable_adapter_layers()
-        else:
-            tuner.enable_adapter_layers()
-            tuner.set_adapter(name)
-        active[:] = [name]
-
-    return wrapped, switch
-
-
 def read_network(spec: ModelSpec) -> tuple[Any, tuple[str, ...]]:
-    """The causal language model of ``spec``, without adapter, and notes on how it was read.
+    """The causal language model of ``spec``, its weights rounded but without adapter, and notes on how it was read.
 
     Raises:
         ValueError: weights are missing from the checkpoint, or it is no causal language model.
@@ -137,7 +38,7 @@ def read_network(spec: ModelSpec) -> tuple[Any, tuple[str, ...]]:
         "local_files_only": local,
     }
     settings: dict[str, Any] = {"use_safetensors": spec.safetensors, "output_loading_info": True}
-    with _explained(spec.path):
+    with explained(spec.path):
         config = library.AutoConfig.from_pretrained(source, **common)
         quantized = spec.quantization is not None or getattr(config, "quantization_config", None) is not None
         settings["dtype"] = spec.dtype or ("auto" if quantized else "float32")
@@ -159,7 +60,11 @@ def read_network(spec: ModelSpec) -> tuple[Any, tuple[str, ...]]:
     if "device_map" not in settings:
         network = network.to(device)
     unused = sorted(info["unexpected_keys"])
-    notes = (f"{len(unused)} weights of {spec.path} are not used, such as {unused[0]}",) if unused else ()
+    notes: tuple[str, ...] = (
+        (f"{len(unused)} weights of {spec.path} are not used, such as {unused[0]}",) if unused else ()
+    )
+    if spec.round is not None:
+        notes += (round_weights(network, *spec.rounding()),)
     return network, notes
 
 
@@ -168,7 +73,7 @@ def read_tokenizer(spec: ModelSpec) -> Any:
     beside_adapter = spec.peft is not None and (Path(locate(spec.peft)) / "tokenizer_config.json").is_file()
     place = spec.tokenizer or (spec.peft if beside_adapter else None) or spec.path
     source = locate(place)
-    with _explained(place):
+    with explained(place):
         return library.AutoTokenizer.from_pretrained(
             source,
             revision=(spec.revision if place == spec.path else None) or "main",
@@ -180,7 +85,7 @@ def read_tokenizer(spec: ModelSpec) -> Any:
 def _check_folder(spec: ModelSpec, folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"expected a checkpoint folder with config.json, got {spec.path!r}, which holds {_listing(folder)}; "
+            f"expected a checkpoint folder with config.json, got {spec.path!r}, which holds {listing(folder)}; "
             f"name the folder that save_pretrained wrote"
         )
     if spec.safetensors and not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
@@ -221,7 +126,7 @@ def _require(library: str, option: str) -> None:
 
 
 @contextmanager
-def _explained(place: str) -> Iterator[None]:
+def explained(place: str) -> Iterator[None]:
     """Turn what transformers raises for an unreachable or unreadable checkpoint into one clear message."""
     try:
         yield
@@ -237,12 +142,12 @@ def _explained(place: str) -> Iterator[None]:
         unreachable = isinstance(error, OSError) or "Can't find" in text
         if Path(place).expanduser().is_dir() or not unreachable:
             raise ValueError(
-                f"expected a causal language model that transformers can read, got {place!r}: {_first_line(error)}; "
+                f"expected a causal language model that transformers can read, got {place!r}: {first_line(error)}; "
                 f"check the files of the checkpoint"
             ) from None
         raise FileNotFoundError(
             f"expected a model in the local cache or on the Hugging Face Hub, got {place!r}, which neither provides: "
-            f"{_first_line(error)} Check the name; without a network (or with HF_HUB_OFFLINE=1) fetch it elsewhere, by "
+            f"{first_line(error)} Check the name; without a network (or with HF_HUB_OFFLINE=1) fetch it elsewhere, by "
             f"'hf download {place} --local-dir FOLDER', and name that folder; for a gated model run 'hf auth login'."
         ) from None
 
@@ -267,18 +172,12 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _fingerprint(network: Any) -> Tensor:
-    """Logits of a network on a few tokens: equal, bit for bit, as long as its weights are."""
-    tokens = torch.arange(4, device=network.device)[None] % network.config.get_text_config(decoder=True).vocab_size
-    with torch.inference_mode():
-        logits: Tensor = network.eval()(input_ids=tokens).logits
-    return logits
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says."""
     return str(error).strip().split("\n", maxsplit=1)[0]
 
 
-def _listing(folder: str | Path) -> str:
+def listing(folder: str | Path) -> str:
+    """The first names in a folder, for a message."""
     names = sorted(entry.name for entry in Path(folder).iterdir())
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"

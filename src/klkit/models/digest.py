@@ -27,26 +27,26 @@ def weights_digest(state: Mapping[str, Any]) -> str:
         >>> weights_digest({"w": one}) == weights_digest({"w": other})
         False
     """
-    leaves = [leaf for name in sorted(state) for leaf in _leaves(name, state[name])]
+    leaves = [leaf for name in sorted(state) for leaf in plain_tensors(name, state[name])]
     found = hashlib.blake2b(digest_size=8)
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        once = {_place(tensor): tensor for _, tensor in leaves}
+        once = {place_of(tensor): tensor for _, tensor in leaves}
         read = {place: pool.map(_hashed, _chunks(tensor)) for place, tensor in once.items()}
         hashes = {place: b"".join(parts) for place, parts in read.items()}
     for name, tensor in leaves:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(hashes[_place(tensor)])
+        found.update(hashes[place_of(tensor)])
     return found.hexdigest()
 
 
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+def plain_tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     """The plain tensors that a value consists of: itself, or the parts of a quantised or distributed one."""
     if not isinstance(value, Tensor):
         return
     value = value.detach()
     if hasattr(value, "__tensor_flatten__"):
         for part in value.__tensor_flatten__()[0]:
-            yield from _leaves(f"{name}.{part}", getattr(value, part))
+            yield from plain_tensors(f"{name}.{part}", getattr(value, part))
     elif value.is_quantized:
         yield name, value.dequantize()
     elif value.layout != torch.strided:
@@ -55,7 +55,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
         yield name, value
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
+def place_of(tensor: Tensor) -> tuple[Any, ...]:
     """Where a tensor's values are; equal for two names of one tensor."""
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 

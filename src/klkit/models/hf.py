@@ -8,7 +8,7 @@ token is predicted from a fresh reading of the whole string instead: slower, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -49,6 +49,20 @@ class DecodingState:
     tokens: Tensor | None
 
 
+class Released:
+    """Stands where a network was that has been let go of, and answers everything with an error."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, _: str) -> Any:
+        raise ValueError(f"expected a model that is loaded, got {self._name}, which was released; load it again")
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        """Refuse."""
+        return self.network
+
+
 def by_length(lengths: Int[Tensor, " n"]) -> list[Int[Tensor, " _k"]]:
     """Strings in as many groups of like lengths as reading them without much padding pays for, the longest first.
 
@@ -79,6 +93,7 @@ class HuggingFaceModel:
         name: what reports call it; by default the name it was loaded under.
         ends: ids of the tokens that end a response; by default those that generation stops at.
         activate: called before every pass, for models that share weights (adapters).
+        weights: gives the weights that are this model's, for one that shares its network; by default all of it.
 
     Attributes:
         vocabulary: token strings by id, and end tokens.
@@ -86,6 +101,7 @@ class HuggingFaceModel:
         width: values in a trunk vector.
         dtype: precision of weights and arithmetic.
         notes: what a reader of the numbers should know about how this model is run.
+        inert: whether it has an adapter that changes nothing.
 
     Raises:
         ValueError: no end token is declared anywhere, an end token is out of range, the tokenizer is
@@ -100,12 +116,15 @@ class HuggingFaceModel:
         name: str | None = None,
         ends: Sequence[int] | None = None,
         activate: Callable[[], None] | None = None,
+        weights: Callable[[], Mapping[str, Any]] | None = None,
     ):
         self.model = model
+        self._weights = weights or model.state_dict
         self.tokenizer = tokenizer
         self.name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self.dtype: torch.dtype = model.dtype
         self.notes: tuple[str, ...] = ()
+        self.inert = False
         self.window = _window(model.config.get_text_config(decoder=True))
         probe = self._probe()
         self._network = SplitNetwork(model, probe, self.name, activate)
@@ -140,7 +159,16 @@ class HuggingFaceModel:
     @cached_property
     def digest(self) -> str:
         """What tells these weights from others: a hash of all their values (:mod:`klkit.models.digest`)."""
-        return weights_digest(self.model.state_dict())
+        return weights_digest(self.weights())
+
+    def weights(self) -> Mapping[str, Any]:
+        """The weights of this model by name, an adapter's included, as they lie in memory."""
+        return self._weights()
+
+    def release(self) -> None:
+        """Let go of the network, whoever still holds this model: from now on it refuses to work."""
+        gone: Any = Released(self.name)
+        self.model = self._network = self._weights = gone
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """Each token as readable text; bytes that are no complete character are escaped."""

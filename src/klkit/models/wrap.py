@@ -133,6 +133,33 @@ def _same(head: Head) -> Head:
     return head
 
 
+def renamed(model: LanguageModel, name: str) -> Transformed:
+    """The model under another name, sharing all it does.
+
+    Example:
+        >>> from klkit.models.automaton import coin
+        >>> renamed(coin(end=0.5), "mine").name
+        'mine'
+    """
+    return Transformed(base=model, rows=lambda logp: logp, vocabulary=model.vocabulary, name=name, heads=_same)
+
+
+def innermost(model: LanguageModel) -> LanguageModel:
+    """The model under all transformations: what holds the weights.
+
+    Example:
+        >>> from klkit.models.automaton import coin
+        >>> p = coin(end=0.5)
+        >>> innermost(temperature(top_k(p, 1), 0.5)) is p
+        True
+    """
+    inner: Any = model
+    while hasattr(inner, "base"):
+        inner = inner.base
+    found: LanguageModel = inner
+    return found
+
+
 def temperature(model: LanguageModel, t: float) -> Transformed:
     """The model sampled at temperature ``t``: ``p_t(a) ∝ p(a)^(1/t)`` at every decision.
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from klkit.models.rounding import rounded
 from klkit.rng import numpy_stream, stream
 from klkit.zoo import corpus, grammar
 from klkit.zoo import tokenizer as bpe
@@ -180,18 +180,6 @@ RECIPES: dict[str, Callable[[Workshop, Path], str]] = {
     "docs-int8": docs_int8,
     "docs-int4": docs_int4,
 }
-
-
-def rounded(weight: Tensor, bits: int, *, dim: int) -> Tensor:
-    """The nearest weights on a symmetric grid of ``2^bits − 1`` values, one scale a slice along ``dim``.
-
-    Example:
-        >>> rounded(torch.tensor([[1.0, 0.4, -0.6]]), 2, dim=0).tolist()
-        [[1.0, 0.0, -1.0]]
-    """
-    rest = tuple(d for d in range(weight.dim()) if d != dim)
-    scale = weight.abs().amax(rest, keepdim=True) / (2 ** (bits - 1) - 1)
-    return torch.where(scale > 0, (weight / scale).round() * scale, 0.0)
 
 
 def write_prompts(folder: str | Path, *, seed: int = 0, count: int = 64) -> None:
