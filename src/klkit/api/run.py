@@ -41,6 +41,7 @@ from klkit.estimators.tally import Tally
 from klkit.estimators.variates import token_features
 from klkit.models.base import LanguageModel
 from klkit.models.spec import load
+from klkit.models.token_classes import token_classes
 from klkit.report.html import write_report
 from klkit.report.record import RunFolder
 from klkit.report.shards import Batch, Shown
@@ -69,7 +70,9 @@ def run(
             f"expected an unfinished run in {out} for --resume, got a finished one; read it with: klkit report {out}"
         )
     settings = resolved(settings)
-    prompts = read_prompts(settings.prompts, settings.column) if settings.prompts is not None else None
+    prompts = None
+    if settings.prompts is not None:
+        prompts = read_prompts(settings.prompts, settings.column, settings.group_column)
     documents = (
         read_documents(settings.text, "text" if settings.column == "prompt" else settings.column)
         if settings.text
@@ -180,7 +183,7 @@ def draw_strings(
     mixture: bool = False,
 ) -> Gathered:
     """The strings of one direction, drawn, scored and summed up."""
-    found = Gathered(plan.clusters)
+    found = Gathered(plan.clusters, classes=token_classes(pair.p), groups=plan.groups)
     draw_batches(
         pair,
         plan,
@@ -215,6 +218,7 @@ def draw_batches(
         batch_size=settings.batch_size,
         features=None if embedding is None else token_features(embedding, TOKEN_FEATURES),
         mixture=mixture,
+        js=settings.token_js,
         floor=settings.floor != "none",
         enough=enough,
         folder=folder,
@@ -258,7 +262,7 @@ def measure_text(
 ) -> tuple[Gathered, Comparison]:
     """Estimand F: both models read the windows; nothing is sampled."""
     size = settings.batch_size if isinstance(settings.batch_size, int) else 16
-    found = Gathered(0, every=True)
+    found = Gathered(0, every=True, classes=token_classes(pair.p), first=False)
     stored = 0
     if folder is not None:
         for batch in folder.batches():
@@ -266,7 +270,8 @@ def measure_text(
             stored += 1
         mend_samples(folder, pair.p, len(found))
     for number, rows in enumerate(batches_of(len(windows.x), size, start=len(found)), start=stored):
-        batch = Batch(score(pair.p, pair.q, windows.x.select(rows), batch_size=size), no_details(), torch.zeros(0))
+        scored = score(pair.p, pair.q, windows.x.select(rows), batch_size=size, js=settings.token_js)
+        batch = Batch(scored, no_details(), torch.zeros(0))
         if folder is not None:
             folder.append(number, batch, describe(pair.p, batch.statistics))
         found.add(batch)

@@ -14,7 +14,7 @@ FLOORS = ("batch", "dtype", "none")
 UNITS = ("nats", "bits")
 WHOLE_NUMBERS = ("samples", "max_tokens", "context", "seed")
 NUMBERS = ("temperature", "rtol")
-ABSENT = ("prompts", "text", "samples", "rtol")  # options that may be None
+ABSENT = ("prompts", "group_column", "text", "samples", "rtol")  # options that may be None
 DEFAULT_STRINGS = 256  # when --samples is not given: enough strings for this many, at least one a prompt
 MINIMUM_STRINGS = 64  # --rtol never stops before
 CAP_STRINGS = 16384  # --rtol without --samples stops here at the latest
@@ -29,6 +29,7 @@ class Settings:
         q: specification of the model compared with it.
         prompts: a file of prompts (txt, jsonl, csv, parquet), ``klkit:NAME``, or None for one empty prompt.
         column: which field of the prompt file holds the prompts.
+        group_column: which field of the prompt file names the group of a prompt; None for ``group``, if there is one.
         text: a file of fixed text to score instead of sampling (estimand F), or None.
         context: window in tokens into which long documents of ``text`` are cut.
         divergence: ``kl``, ``reverse_kl`` (from q's samples), ``js`` or ``jeffreys`` (from both).
@@ -42,6 +43,7 @@ class Settings:
         seed: names every random draw of the run.
         rtol: stop when the half-width of the 95 % interval is below this share of the estimate.
         floor: how the numerical floor is measured: ``batch``, ``dtype`` or ``none``.
+        token_js: also measure the Jensen-Shannon divergence of the next-token laws, per token.
         shared_only: compare conditionally on the tokens that both vocabularies have.
         unit: ``nats`` or ``bits``, for printing.
     """
@@ -50,6 +52,7 @@ class Settings:
     q: str
     prompts: str | None = None
     column: str = "prompt"
+    group_column: str | None = None
     text: str | None = None
     context: int = 512
     divergence: str = "kl"
@@ -63,6 +66,7 @@ class Settings:
     seed: int = 0
     rtol: float | None = None
     floor: str = "batch"
+    token_js: bool = False
     shared_only: bool = False
     unit: str = "nats"
 
@@ -107,6 +111,11 @@ class Settings:
             idle += given("rtol") + (["floor"] if self.floor == "dtype" else [])
             idle += ["method"] if self.method not in ("rb", "rb_cv") else []
             why = f"{self.divergence} is put together from two runs of fixed size, by rb (jeffreys: also by rb_cv)"
+        if self.group_column is not None and not idle:
+            if self.prompts is None:
+                idle, why = ["group_column"], "groups are read from the file of --prompts"
+            elif self.divergence in ("js", "jeffreys"):
+                idle, why = ["group_column"], f"{self.divergence} is not broken down"
         if idle:
             named = ", ".join(f"{name}={getattr(self, name)!r}" for name in idle)
             raise ValueError(
@@ -149,7 +158,7 @@ def _of_kind(name: str, value: Any) -> Any:
     elif name in NUMBERS:
         kind, fits = "a number", whole or isinstance(value, float)
         value = float(value) if whole else value
-    elif name == "shared_only":
+    elif name in ("shared_only", "token_js"):
         kind, fits = "true or false", isinstance(value, bool)
     else:
         kind, fits = "text", isinstance(value, str)

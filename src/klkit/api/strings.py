@@ -46,6 +46,7 @@ class Plan:
         samples: strings a prompt.
         max_tokens: longest response.
         seed: names the draws.
+        groups: the group of each prompt, if prompts have one; no string depends on it.
     """
 
     contexts_p: Sequence[Int[Tensor, " _c"]]
@@ -53,6 +54,7 @@ class Plan:
     samples: int
     max_tokens: int
     seed: int
+    groups: Sequence[str] | None = None
 
     def swapped(self) -> Plan:
         """The same plan for the pair seen from ``q``."""
@@ -112,6 +114,7 @@ def run_strings(
     batch_size: int | str = "auto",
     features: Float[Tensor, "v f"] | None = None,
     mixture: bool = False,
+    js: bool = False,
     rescore: bool | None = None,
     floor: bool = True,
     enough: Callable[[], bool] | None = None,
@@ -121,6 +124,7 @@ def run_strings(
     """Draw and score the plan's strings, continuing after those that ``folder`` already holds.
 
     Args:
+        mixture, js: see :func:`klkit.estimators.statistics.collect`.
         keep: given every batch, those in ``folder`` included, in order; nothing else remembers them.
         rescore: run ``p`` once more, teacher-forced in ``q``'s batch shapes, instead of reading out
             the trunk vectors of its sampling pass. By default only in half precision, where the
@@ -171,6 +175,7 @@ def run_strings(
                 width,
                 features=features,
                 mixture=mixture,
+                js=js,
                 rescore=rescore,
                 floor=floor,
                 backend=backend,
@@ -213,6 +218,7 @@ def one_batch(
     *,
     features: Float[Tensor, "v f"] | None,
     mixture: bool,
+    js: bool,
     rescore: bool,
     floor: bool,
     backend: str,
@@ -235,7 +241,9 @@ def one_batch(
     shown = torch.arange(max(0, min(len(x), SHOWN_STRINGS - start)))
     checked = torch.arange(max(0, min(len(x), FLOOR_STRINGS - start)) if floor else 0)
     best = MostProbable(torch.isin(x.row(), shown), min(SHOWN_TOKENS, p.vocabulary.size))
-    statistics = collect(p, hidden_p, q, hidden_q, x, features=features, mixture=mixture, backend=backend, watch=best)
+    statistics = collect(
+        p, hidden_p, q, hidden_q, x, features=features, mixture=mixture, js=js, backend=backend, watch=best
+    )
     return Batch(
         statistics,
         best.details(shown),

@@ -53,9 +53,9 @@ def estimate(
         ('rb_cv', True)
     """
     folder = None if out is None else Path(out)
-    settings = Settings.from_mapping({"p": _name(p), "q": _name(q), **options})
     if isinstance(prompts, str):
-        settings, prompts = replace(settings, prompts=prompts), None
+        options, prompts = {**options, "prompts": prompts}, None
+    settings = Settings.from_mapping({"p": _name(p), "q": _name(q), **options})
     named = isinstance(p, str) and isinstance(q, str)
     if not named and (isinstance(p, str) or isinstance(q, str)):
         raise TypeError(
@@ -68,7 +68,7 @@ def estimate(
         settings = resolved(settings)
         p, q = load_models(settings)
     if settings.prompts is not None:
-        prompts = read_prompts(settings.prompts, settings.column)
+        prompts = read_prompts(settings.prompts, settings.column, settings.group_column)
     elif prompts is not None:
         prompts = prompts if isinstance(prompts, Prompts) else Prompts(tuple(prompts))
         settings = replace(settings, prompts=f"{MEMORY}{len(prompts)} prompts")

@@ -12,6 +12,15 @@ from klkit.stats.planning import plan
 
 ODDS = 20.0  # a likelihood-ratio observer's odds in the plain-language line
 FINE = 0.01  # relative half-width that the plan line plans for
+CLASS_WORDS = {
+    "end": "responses end",
+    "first": "responses begin",
+    "special": "special tokens are drawn",
+    "formatting": "punctuation and markup are drawn",
+    "digits": "digits are drawn",
+    "whitespace": "white space is drawn",
+    "content": "words are drawn",
+}
 
 
 def say(headline: Estimate, models: str, source: str) -> str:
@@ -130,8 +139,30 @@ def lines(
         f"same top-1 {float(agreement['value']):.1%}, total variation {float(variation['value']):.3g}, "
         f"entropy of {first} {headline.in_unit(float(companions[f'entropy_{first}']['value'])):.3g} {unit}"
     )
-    if parts["end"]:
-        said["where"] = (
-            f"{parts['end']['end_share']:.1%} of it is when to stop, {parts['end']['content_share']:.1%} what to say"
+    js = companions.get(f"js_at_{first}")
+    if js is not None:
+        said["per token"] += (
+            f", Jensen-Shannon of the next-token laws at contexts of {first} {headline.in_unit(float(js['value'])):.3g} "
+            f"{unit} (not that of whole responses)"
         )
+    if parts["end"]:
+        said["where"] = where(headline, parts)
+    return said
+
+
+def where(headline: Estimate, parts: Mapping[str, Any]) -> str:
+    """End against content, the kind of tokens that carries most, and the farthest and the nearest group."""
+    said = f"{parts['end']['end_share']:.1%} of it is when to stop, {parts['end']['content_share']:.1%} what to say"
+    classes = [row for row in parts["by_class"] if row["share"] > 0]
+    if classes:
+        most = max(classes, key=lambda row: float(row["share"]))
+        said += f"; most where {CLASS_WORDS[most['class']]} ({most['share']:.1%})"
+    groups = [row for row in parts["by_group"] if row["strings"]]
+    if len(groups) > 1:
+        ordered = sorted(groups, key=lambda row: float(row["nats_per_response"]))
+        ends = (
+            f"{row['group']!r} {headline.in_unit(float(row['nats_per_response'])):.4g}"
+            for row in (ordered[-1], ordered[0])
+        )
+        said += f"; groups from {' down to '.join(ends)} {headline.unit} per response"
     return said
