@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from klkit.api.facets import FacetSums, bounds, by_class, by_confidence, by_group, end_share, interval
+from klkit.api.facets import (
+    FacetSums,
+    bounds,
+    by_class,
+    by_confidence,
+    by_group,
+    end_share,
+    finite,
+    interval,
+    totals,
+)
 from klkit.estimators.statistics import TokenStatistics
 from klkit.estimators.strings import StringStatistics
 from klkit.results import jsonable
@@ -112,16 +122,6 @@ class TokenSums:
         centre = totals(index, count * mean, len(token)) / total
         squares = totals(index, squares + count * (mean - centre[index]) ** 2, len(token))
         return cls(token, total, centre, squares, totals(index, log_ratio, len(token)))
-
-
-def totals(group: NDArray[np.int64], values: Array, groups: int) -> Array:
-    """Sum ``values`` over the members of each group, ``(groups,)``."""
-    return np.bincount(group, values, minlength=groups).astype(np.float64, copy=False)
-
-
-def finite(values: Array) -> Array:
-    """``values`` with 0 for what is infinite or undefined."""
-    return np.where(np.isfinite(values), values, 0.0)
 
 
 def breakdown(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,13 @@ from torch import Tensor
 
 from klkit.estimators.statistics import TokenStatistics
 from klkit.estimators.strings import StringStatistics
-from klkit.models.token_classes import DECISION_CLASSES, FIRST, decision_classes
+from klkit.models.token_classes import DECISION_CLASSES, NAMES, decision_classes
 from klkit.results import jsonable
 from klkit.stats.intervals import MINIMUM_CLUSTERS, Interval, cluster_totals, ratio_interval
 
 CONFIDENCE = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 """Edges of the buckets of p's largest probability, each closed below; the last is closed above too."""
 
-SHOWN_CLASSES = ("end", FIRST, *(name for name in DECISION_CLASSES if name not in ("end", FIRST)))
 LEVEL = 0.95
 
 Array = NDArray[np.float64]
@@ -69,18 +69,17 @@ class FacetSums:
             )
         bins, width = len(CONFIDENCE) - 1, 0 if classes is None else len(DECISION_CLASSES)
         names, index = np.unique(x.cluster.numpy(), return_inverse=True)
-        unit, kl = index[x.row().numpy()], _finite(rows.kl)
+        unit, kl = index[x.row().numpy()], finite(rows.kl.double().numpy())
         places = [np.searchsorted(CONFIDENCE[1:-1], confidence, side="right")]
         if classes is not None:
             places.append(bins + decision_classes(x, classes, first=first).numpy())
         shape = (len(names), bins + width)
         cell = np.concatenate([unit * shape[1] + place for place in places])
-        size = shape[0] * shape[1]
         return cls(
             names,
-            np.bincount(cell, np.tile(kl, len(places)), minlength=size).reshape(shape),
-            np.bincount(cell, minlength=size).reshape(shape).astype(np.int32),
-            np.bincount(unit, _finite(rows.end_kl), minlength=len(names)),
+            totals(cell, np.tile(kl, len(places)), shape[0] * shape[1]).reshape(shape),
+            np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape).astype(np.int32),
+            totals(unit, finite(rows.end_kl.double().numpy()), len(names)),
         )
 
     @staticmethod
@@ -103,21 +102,25 @@ class FacetSums:
     @property
     def total(self) -> Array:
         """``Σ D_n`` of each cluster, ``(c,)``."""
-        return self.kl[:, : len(CONFIDENCE) - 1].sum(1)
+        every: Array = self.kl[:, : len(CONFIDENCE) - 1].sum(1)
+        return every
 
 
-def _finite(values: Tensor) -> Array:
+def totals(group: NDArray[np.int64], values: Array, groups: int) -> Array:
+    """Sum ``values`` over the members of each group, ``(groups,)``."""
+    return np.bincount(group, values, minlength=groups).astype(np.float64, copy=False)
+
+
+def finite(values: Array) -> Array:
     """``values`` with 0 for what is infinite or undefined."""
-    array = values.double().numpy()
-    return np.where(np.isfinite(array), array, 0.0)
+    return np.where(np.isfinite(values), values, 0.0)
 
 
 def by_confidence(sums: FacetSums, strings: int) -> list[dict[str, Any]]:
     """Decisions by p's largest probability: the undecided and the certain, see :data:`CONFIDENCE`."""
-    bounds = zip(CONFIDENCE[:-1], CONFIDENCE[1:], strict=True)
     return [
         {"start": start, "stop": stop, **part(sums.kl[:, i], sums.decisions[:, i], sums, strings)}
-        for i, (start, stop) in enumerate(bounds)
+        for i, (start, stop) in enumerate(pairwise(CONFIDENCE))
     ]
 
 
@@ -131,7 +134,7 @@ def by_class(sums: FacetSums, strings: int) -> list[dict[str, Any]]:
     columns = {name: bins + i for i, name in enumerate(DECISION_CLASSES)} if sums.kl.shape[1] > bins else {}
     return [
         {"class": name, **part(sums.kl[:, columns[name]], sums.decisions[:, columns[name]], sums, strings)}
-        for name in SHOWN_CLASSES
+        for name in NAMES
         if name in columns and sums.decisions[:, columns[name]].any()
     ]
 
@@ -161,6 +164,8 @@ def part(kl: Array, decisions: NDArray[np.int32], sums: FacetSums, strings: int)
 def by_group(strings: StringStatistics, groups: Sequence[str]) -> list[dict[str, Any]]:
     """Nats per response in each group of prompts, in the order of the prompts.
 
+    A group's share has no interval: it is above all the number of its prompts, which is no accident.
+
     Args:
         groups: the group of each prompt of the run; clusters lie within one group each.
     """
@@ -168,12 +173,11 @@ def by_group(strings: StringStatistics, groups: Sequence[str]) -> list[dict[str,
     prompt, cluster, kl = strings.prompt.numpy(), strings.cluster.numpy(), strings.kl.numpy()
     number = {name: i for i, name in enumerate(names)}
     member = np.array([number[group] for group in groups])[prompt]
-    whole, _ = cluster_totals(kl, np.ones(len(kl)), cluster)
+    total = float(kl.sum())
     found = []
     for i, name in enumerate(names):
         inside = member == i
         own = cluster_totals(kl[inside], np.ones(int(inside.sum())), cluster[inside]) if inside.any() else None
-        mine, _ = cluster_totals(np.where(inside, kl, 0.0), np.ones(len(kl)), cluster)
         found.append(
             {
                 "group": name,
@@ -181,7 +185,7 @@ def by_group(strings: StringStatistics, groups: Sequence[str]) -> list[dict[str,
                 "strings": int(inside.sum()),
                 "nats_per_response": jsonable(math.nan if own is None else float(own[0].sum() / own[1].sum())),
                 **bounds(interval(*own) if own is not None else none("none (no strings)")),
-                **share(mine, whole, len(np.unique(cluster[inside]))),
+                "share": float(kl[inside].sum()) / total if total > 0 else 0.0,
                 "level": LEVEL,
             }
         )

@@ -11,8 +11,8 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from klkit.api.breakdown import PositionSums, TokenSums, breakdown, finite
-from klkit.api.facets import FacetSums
+from klkit.api.breakdown import PositionSums, TokenSums, breakdown
+from klkit.api.facets import FacetSums, finite
 from klkit.estimators.folds import deal
 from klkit.estimators.statistics import TokenStatistics
 from klkit.estimators.strings import StringStatistics
@@ -95,9 +95,7 @@ class Gathered:
     def parts(self, model: LanguageModel) -> dict[str, Any]:
         """Where the divergence sits, as the report shows it."""
         self._positions, self._facets = [PositionSums.cat(self._positions)], [FacetSums.cat(self._facets)]
-        return breakdown(
-            self.strings, self._positions[0], self._tokens[0], self._facets[0], model.pieces, self._groups
-        )
+        return breakdown(self.strings, self._positions[0], self._tokens[0], self._facets[0], model.pieces, self._groups)
 
     def kinds(self) -> dict[str, list[int]]:
         """The drawn tokens that the report shows, by their kind."""

@@ -10,7 +10,6 @@ from typing import Any
 from klkit.sequences import Content, Prompts
 from klkit.train.records import SUFFIXES, decode, records, resolve
 
-
 GROUP = "group"  # the field that groups are read from where none is named
 
 

@@ -7,20 +7,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from klkit.models.token_classes import NAMES
 from klkit.results import Estimate
 from klkit.stats.planning import plan
 
 ODDS = 20.0  # a likelihood-ratio observer's odds in the plain-language line
 FINE = 0.01  # relative half-width that the plan line plans for
-CLASS_WORDS = {
-    "end": "responses end",
-    "first": "responses begin",
-    "special": "special tokens are drawn",
-    "formatting": "punctuation and markup are drawn",
-    "digits": "digits are drawn",
-    "whitespace": "white space is drawn",
-    "content": "words are drawn",
-}
 
 
 def say(headline: Estimate, models: str, source: str) -> str:
@@ -139,11 +131,10 @@ def lines(
         f"same top-1 {float(agreement['value']):.1%}, total variation {float(variation['value']):.3g}, "
         f"entropy of {first} {headline.in_unit(float(companions[f'entropy_{first}']['value'])):.3g} {unit}"
     )
-    js = companions.get(f"js_at_{first}")
-    if js is not None:
+    if f"js_at_{first}" in companions:
+        js = headline.in_unit(float(companions[f"js_at_{first}"]["value"]))
         said["per token"] += (
-            f", Jensen-Shannon of the next-token laws at contexts of {first} {headline.in_unit(float(js['value'])):.3g} "
-            f"{unit} (not that of whole responses)"
+            f", Jensen-Shannon of next-token laws at contexts of {first} {js:.3g} {unit} (not that of whole responses)"
         )
     if parts["end"]:
         said["where"] = where(headline, parts)
@@ -156,7 +147,7 @@ def where(headline: Estimate, parts: Mapping[str, Any]) -> str:
     classes = [row for row in parts["by_class"] if row["share"] > 0]
     if classes:
         most = max(classes, key=lambda row: float(row["share"]))
-        said += f"; most where {CLASS_WORDS[most['class']]} ({most['share']:.1%})"
+        said += f"; {most['share']:.1%} at {NAMES[most['class']]}"
     groups = [row for row in parts["by_group"] if row["strings"]]
     if len(groups) > 1:
         ordered = sorted(groups, key=lambda row: float(row["nats_per_response"]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -73,14 +74,16 @@ class RowStatistics:
 
     def select(self, rows: Int[Tensor, " k"]) -> RowStatistics:
         """Those of the rows ``rows``, in that order."""
-        columns = {f.name: getattr(self, f.name) for f in fields(RowStatistics)}
-        return RowStatistics(**{name: None if column is None else column[rows] for name, column in columns.items()})
+        columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(RowStatistics)}
+        columns |= {name: column[rows] for name, column in columns.items() if column is not None}
+        return RowStatistics(**columns)
 
     @staticmethod
     def cat(parts: Sequence[RowStatistics]) -> RowStatistics:
         """Those of several tables of rows, one after the other."""
-        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(RowStatistics)}
-        return RowStatistics(**{n: None if c[0] is None else torch.cat(c) for n, c in columns.items()})
+        columns: dict[str, Any] = {f.name: [getattr(part, f.name) for part in parts] for f in fields(RowStatistics)}
+        columns = {name: None if column[0] is None else torch.cat(column) for name, column in columns.items()}
+        return RowStatistics(**columns)
 
 
 @torch.no_grad()

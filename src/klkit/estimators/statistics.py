@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -245,11 +246,10 @@ def collect(
         parts.append(stats)
     # One transfer a field, not one a chunk: each would wait for the accelerator to finish.
     together = RowStatistics.cat(parts)
-    columns = {f.name: getattr(together, f.name) for f in fields(RowStatistics)}
+    columns: dict[str, Any] = {f.name: getattr(together, f.name) for f in fields(RowStatistics)}
     # Token ids fit into half of what they are computed in.
-    rows = RowStatistics(
-        **{n: c if c is None else (c if c.is_floating_point() else c.int()).cpu() for n, c in columns.items()}
-    )
+    columns |= {n: (c if c.is_floating_point() else c.int()).cpu() for n, c in columns.items() if c is not None}
+    rows = RowStatistics(**columns)
     return TokenStatistics(
         x=x,
         rows=rows,

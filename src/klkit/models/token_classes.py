@@ -19,6 +19,17 @@ FIRST = "first"
 DECISION_CLASSES = (*CLASSES, FIRST)
 """Kinds of a decision: the kind of the token that was drawn, or that it was a response's first."""
 
+NAMES = {
+    FIRST: "first tokens",
+    "content": "words",
+    "formatting": "punctuation and markup",
+    "digits": "digits",
+    "whitespace": "white space",
+    "special": "special tokens",
+    "end": "ends",
+}
+"""The same for readers, in the order in which they are listed."""
+
 
 def token_classes(model: LanguageModel) -> Int[Tensor, " v"]:
     """The index in ``CLASSES`` of the kind of each token, ``(v,)``.
@@ -39,11 +50,7 @@ def token_classes(model: LanguageModel) -> Int[Tensor, " v"]:
     ends, special = set(vocabulary.ends), special_ids(model)
     texts = model.pieces(range(vocabulary.size))
     kinds = [
-        "end"
-        if i in ends
-        else "special"
-        if token is None or i in special or not text
-        else kind_of(text)
+        "end" if i in ends else "special" if token is None or i in special or not text else kind_of(text)
         for i, (token, text) in enumerate(zip(vocabulary.tokens, texts, strict=True))
     ]
     return torch.tensor([CLASSES.index(kind) for kind in kinds])
