@@ -160,3 +160,6 @@ def test_prompts():
     assert len(Prompts(("a", "b"))) == 2
     with pytest.raises(ValueError, match="at least one prompt"):
         Prompts(())
+    assert Prompts(("a", "b"), ("x", "y")).groups == ("x", "y")
+    with pytest.raises(ValueError, match="each of 2 prompts, got 1"):
+        Prompts(("a", "b"), ("x",))

@@ -235,7 +235,8 @@ class Comparison:
         lower_bound: a bound below the divergence that holds at any stopping time, in nats.
         tail: Pareto k̂ of the per-string sums and what follows from it.
         companions: other quantities of the same pass, each with value and standard error.
-        breakdown: where the divergence sits: by position, token, string, end against content.
+        breakdown: where the divergence sits: by position, confidence, class and group, token, string, end against
+            content.
         settings: the resolved options.
         provenance: models, precisions, versions, digests: what one needs to repeat the run.
         lines: short statements for a terminal or a page, by name.

@@ -26,13 +26,20 @@ class Prompts:
 
     Attributes:
         contents: one entry a prompt: text, a conversation, or a 1-d tensor of token ids.
+        groups: the group of each prompt (a category, a language, …), by which results are broken down; or None.
     """
 
     contents: tuple[Content, ...]
+    groups: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.contents:
             raise ValueError("expected at least one prompt, got none; pass prompts=None to start from an empty context")
+        if self.groups is not None and len(self.groups) != len(self.contents):
+            raise ValueError(
+                f"expected one group for each of {len(self.contents)} prompts, got {len(self.groups)}; "
+                f"name the group of every prompt, or leave groups out"
+            )
 
     def __len__(self) -> int:
         return len(self.contents)

@@ -100,3 +100,39 @@ def test_a_text_file_is_one_document_and_records_are_several(tmp_path):
     assert read_documents(write(tmp_path, "a.jsonl", lines)) == ["one", "two"]
     with pytest.raises(ValueError, match="empty"):
         read_documents(write(tmp_path, "b.txt", " \n"))
+
+
+def test_groups_come_with_the_prompts(tmp_path):
+    lines = [{"prompt": "one", "group": "a", "kind": 1}, {"prompt": "two", "group": " b ", "kind": 2}]
+    source = write(tmp_path, "a.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    assert read_prompts(source).groups == ("a", "b")
+    assert read_prompts(source, group_column="kind").groups == ("1", "2")
+    assert read_prompts(source, "group").groups is None  # the field holds the prompts themselves
+    rows = write(tmp_path, "a.csv", "prompt,group\none,a\ntwo,b\n")
+    assert read_prompts(rows).groups == ("a", "b")
+    assert read_prompts(write(tmp_path, "b.csv", "prompt,group\none,\ntwo,\n")).groups is None
+    assert read_prompts(write(tmp_path, "a.txt", "one\ntwo\n")).groups is None
+    assert len(set(read_prompts("klkit:docs").groups)) > 1
+    pytest.importorskip("pyarrow")
+    from pyarrow import Table, parquet
+
+    parquet.write_table(Table.from_pylist(lines), tmp_path / "a.parquet")
+    assert read_prompts(str(tmp_path / "a.parquet")).groups == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "column", "expected"),
+    [
+        ("a.jsonl", '{"prompt": "a", "group": "x"}\n\n{"prompt": "b"}\n', None, "line 3"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "group": "x"}\n', None, "line 1"),
+        ("a.jsonl", '{"prompt": "a", "group": "x"}\n{"prompt": "b", "group": null}\n', None, "line 2"),
+        ("a.jsonl", '{"prompt": "a", "group": ["x"]}\n', None, "text or a number"),
+        ("a.csv", "prompt,group\na,x\nb, \n", None, "line 3"),
+        ("a.csv", "prompt,group\na,x\n", "kind", "'kind' of line 2"),
+        ("a.txt", "a\nb\n", "kind", "--group-column"),
+    ],
+)
+def test_groups_for_some_prompts_only_are_refused(tmp_path, name, text, column, expected):
+    with pytest.raises(ValueError, match="expected") as error:
+        read_prompts(write(tmp_path, name, text), group_column=column)
+    assert expected in str(error.value)

@@ -38,6 +38,10 @@ def test_round_trip_through_yaml():
         ({"divergence": "jeffreys", "floor": "dtype"}, "floor='dtype'"),
         ({"divergence": "js", "method": "mc"}, "rb"),
         ({"unit": "bans"}, "bits"),
+        ({"group_column": "kind"}, "file of --prompts"),
+        ({"group_column": "kind", "prompts": "a.csv", "divergence": "js"}, "not broken down"),
+        ({"group_column": "kind", "text": "a.txt"}, "file of --prompts"),
+        ({"token_js": 1}, "true or false"),
         ({"p": None}, "'p'"),
     ],
 )

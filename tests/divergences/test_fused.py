@@ -36,6 +36,9 @@ def reference(logp: list[float], logq: list[float], y: int, ends: tuple[int, ...
             for side, t in zip(sides, top, strict=True)
         ]
 
+    def half(a, b):
+        return math.fsum(x * math.log(x / ((x + z) / 2)) for x, z in zip(a, b, strict=True) if x > 0)
+
     def variance(values):
         mean = math.fsum(p[a] * values[a] for a in support)
         return math.fsum(p[a] * (values[a] - mean) ** 2 for a in support)
@@ -59,6 +62,8 @@ def reference(logp: list[float], logq: list[float], y: int, ends: tuple[int, ...
         "top_q": logq.index(max(logq)),
         "lost": max(math.fsum(p[a] for a in gone), 1e-300) if gone else 0.0,
         "excluded": max(gone, key=lambda a: logp[a]) if gone else -1,
+        "confidence": max(p),
+        "js": (half(p, q) + half(q, p)) / 2,
     }
 
 
@@ -85,7 +90,7 @@ def cases() -> tuple[torch.Tensor, torch.Tensor]:
 def check(zp, zq, ends, dtype, rtol, atol, backend="eager"):
     logp, logq = log_softmax(zp.to(dtype)), log_softmax(zq.to(dtype))
     tokens = torch.arange(len(zp)) % zp.shape[1]
-    got = row_statistics(zp.to(dtype), zq.to(dtype), tokens, ends, backend=backend)
+    got = row_statistics(zp.to(dtype), zq.to(dtype), tokens, ends, js=True, backend=backend)
     for i in range(len(zp)):
         expected = reference(logp[i].tolist(), logq[i].tolist(), int(tokens[i]), ends)
         for field in fields(RowStatistics):
@@ -178,8 +183,8 @@ def test_no_graph_is_kept():
 def test_rows_need_not_be_normalised(backend):
     zp, zq = (z.float() for z in cases())
     tokens = torch.arange(len(zp)) % 7
-    one = row_statistics(zp, zq, tokens, (0,), backend=backend)
-    other = row_statistics(zp + 8, zq - 16, tokens, (0,), backend=backend)
+    one = row_statistics(zp, zq, tokens, (0,), js=True, backend=backend)
+    other = row_statistics(zp + 8, zq - 16, tokens, (0,), js=True, backend=backend)
     for field in fields(RowStatistics):
         torch.testing.assert_close(getattr(one, field.name), getattr(other, field.name), rtol=1e-4, atol=1e-6)
 
@@ -188,11 +193,34 @@ def test_rows_need_not_be_normalised(backend):
 def test_probabilities_are_left_where_they_were_asked_for(backend):
     zp, zq = (z.float() for z in cases())
     truth, tokens = zp.double().softmax(-1), torch.zeros(16, dtype=torch.long)
-    plain = row_statistics(zp, zq, tokens, (0, 1), backend=backend)
-    again = row_statistics(zp, zq, tokens, (0, 1), overwrite=True, backend=backend)
+    plain = row_statistics(zp, zq, tokens, (0, 1), js=True, backend=backend)
+    again = row_statistics(zp, zq, tokens, (0, 1), overwrite=True, js=True, backend=backend)
     torch.testing.assert_close(zp.double(), truth, rtol=2e-5, atol=1e-9)
     for field in fields(RowStatistics):
         assert torch.equal(getattr(plain, field.name), getattr(again, field.name)), field.name
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_the_jensen_shannon_divergence_comes_on_request_and_changes_nothing_else(backend):
+    zp, zq = (z.float() for z in cases())
+    tokens = torch.zeros(16, dtype=torch.long)
+    plain = row_statistics(zp, zq, tokens, (0, 1), backend=backend)
+    more = row_statistics(zp, zq, tokens, (0, 1), js=True, backend=backend)
+    assert plain.js is None
+    truth = jensen_shannon(log_softmax(zp.double()), log_softmax(zq.double()))
+    torch.testing.assert_close(more.js.double(), truth, rtol=1e-5, atol=1e-9)
+    for field in fields(RowStatistics)[:-1]:
+        torch.testing.assert_close(getattr(plain, field.name), getattr(more, field.name), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("js", [False, True])
+def test_rows_are_selected_and_put_together(js):
+    zp, zq = cases()
+    whole = row_statistics(zp, zq, torch.zeros(16, dtype=torch.long), (0,), js=js)
+    again = RowStatistics.cat([whole.select(torch.arange(5)), whole.select(torch.arange(5, 16))])
+    for field in fields(RowStatistics)[: None if js else -1]:
+        assert torch.equal(getattr(again, field.name), getattr(whole, field.name)), field.name
+    assert (again.js is None) == (not js)
 
 
 @pytest.mark.parametrize("backend", ["eager", "native"])

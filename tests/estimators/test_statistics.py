@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bank import random_pair
-from enumeration import strings
+from enumeration import per_string, scores, strings
 from klkit.divergences.fused import RowStatistics
+from klkit.divergences.mixtures import jensen_shannon
 from klkit.estimators import statistics as module
 from klkit.estimators.statistics import TokenStatistics, collect, earlier_sums, score, weighted
 from klkit.models.base import VocabularyMismatch
@@ -18,7 +19,8 @@ from klkit.sampling.importance import from_policy
 
 
 def assert_same(a: TokenStatistics, b: TokenStatistics) -> None:
-    for f in fields(RowStatistics):
+    assert (a.rows.js is None) == (b.rows.js is None)
+    for f in fields(RowStatistics)[: None if a.rows.js is not None else -1]:
         torch.testing.assert_close(getattr(a.rows, f.name), getattr(b.rows, f.name), rtol=1e-13, atol=1e-15)
     torch.testing.assert_close(a.features, b.features, rtol=1e-13, atol=1e-15)
     assert (a.mixture is None) == (b.mixture is None)
@@ -52,10 +54,10 @@ def test_chunks_and_batches_change_nothing(monkeypatch):
     x = sample(p, [p.context(None)] * 30, max_tokens=12, seed=0).sequences
     hidden = p.encode(x), q.encode(x)
     table = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    whole = collect(p, hidden[0], q, hidden[1], x, features=table, mixture=True)
+    whole = collect(p, hidden[0], q, hidden[1], x, features=table, mixture=True, js=True)
     monkeypatch.setattr(module, "rows_per_chunk", lambda width: 7)
-    assert_same(collect(p, hidden[0], q, hidden[1], x, features=table, mixture=True), whole)
-    assert_same(score(p, q, x, batch_size=4, features=table, mixture=True), whole)
+    assert_same(collect(p, hidden[0], q, hidden[1], x, features=table, mixture=True, js=True), whole)
+    assert_same(score(p, q, x, batch_size=4, features=table, mixture=True, js=True), whole)
 
 
 def test_selected_strings_keep_their_decisions():
@@ -63,6 +65,16 @@ def test_selected_strings_keep_their_decisions():
     x = sample(p, [p.context(None)] * 9, max_tokens=12, seed=0).sequences
     rows = torch.tensor([4, 4, 0, 8])
     assert_same(score(p, q, x, mixture=True).select(rows), score(p, q, x.select(rows), mixture=True))
+    assert_same(score(p, q, x, js=True).select(rows), score(p, q, x.select(rows), js=True))
+
+
+def test_the_divergence_of_next_token_laws_is_summed_by_string():
+    p, q = random_pair(0)
+    law = strings(p, 4)
+    logp, logq = (scores(model, law.x)[1] for model in (p, q))
+    found = score(p, q, law.x, js=True).strings()
+    torch.testing.assert_close(found.js, per_string(law.x, jensen_shannon(logp, logq)), rtol=1e-12, atol=1e-15)
+    assert score(p, q, law.x).strings().js is None
 
 
 def test_features_have_mean_zero_given_the_prefix():

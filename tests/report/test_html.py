@@ -10,10 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import klkit
 from klkit.models.automaton import random_automaton
-from klkit.report.html import SATURATED, embed, heat_map, render, shade_limit, upper_quantile
+from klkit.models.token_classes import NAMES
+from klkit.report.html import SATURATED, embed, heat_map, level_of, render, shade_limit, upper_quantile, write_report
 from klkit.report.record import RunFolder
 from klkit.report.text import printable
 from klkit.rng import numpy_stream, stream
@@ -44,6 +46,8 @@ def hostile_page(folder):
         row["text"] = texts[row["token"]]
     result["provenance"]["models"]["p"]["name"] = HOSTILE[0]
     result["notes"] = [HOSTILE[0]]
+    row = {"prompts": 1, "strings": 2, "nats_per_response": 1.0, "lower": "nan", "upper": "nan", "share": 1.0}
+    result["breakdown"]["by_group"] = [{**row, "method": HOSTILE[3], "group": text} for text in HOSTILE]
     return render(result, folder.shown(), shade_limit(folder), texts, [])
 
 
@@ -88,6 +92,58 @@ def test_the_heat_map_says_what_the_statistics_say(folder):
             assert token["tp"][0][1] >= token["tp"][-1][1]
 
 
+def test_tokens_are_shown_with_their_kinds(folder):
+    result, few = folder.result(), folder.shown().statistics
+    kind = {t: name for name, tokens in result["breakdown"]["token_classes"].items() for t in tokens}
+    assert set(kind) == set(few.x.targets().tolist())
+    strings = heat_map(folder.shown(), shade_limit(folder), folder.tokens(), kind)
+    for s in strings:
+        ids = few.x.completion(s["number"]).tolist()
+        names = [kind[t] for t in ids]
+        names[0] = "first" if names[0] != "end" else "end"
+        assert [t["kind"] for t in s["tokens"]] == names
+    page = (folder.path / "report.html").read_text()
+    assert [name for name in NAMES if f'class="kind" value="{name}"' in page] == [
+        name for name in NAMES if any(t["kind"] == name for s in strings for t in s["tokens"])
+    ]
+    assert page.count('data-k="') == few.x.decisions
+
+
+def test_a_folder_of_an_earlier_version_makes_a_page(folder, tmp_path):
+    """Without p's confidence, without the newer parts of the breakdown."""
+    shutil.copytree(folder.path, tmp_path / "run")
+    old = RunFolder.open(tmp_path / "run")
+    tensors = load_file(old.path / "tensors.safetensors")
+    del tensors["rows.confidence"]
+    save_file(tensors, old.path / "tensors.safetensors")
+    result = old.result()
+    for name in ("by_confidence", "by_class", "by_group", "token_classes"):
+        del result["breakdown"][name]
+    result["breakdown"]["end"] = {name: result["breakdown"]["end"][name] for name in ("end_share", "content_share")}
+    for row in result["breakdown"]["by_position"]:
+        del row["lower"], row["upper"], row["method"]
+    (old.path / "result.json").write_text(json.dumps(result))
+    assert old.shown().statistics.rows.confidence.isnan().all()
+    page = write_report(old).read_text()
+    assert "token by token" in page
+    assert "By confidence" not in page
+    assert 'class="kind"' not in page
+    assert "nan" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL).lower().split("<footer>")[0]
+
+
+def test_bars_end_where_numbers_say():
+    rows = [
+        {"nats_per_response": 2.0, "lower": 1.0, "upper": 4.0},
+        {"nats_per_response": 1.0, "lower": "nan", "upper": "nan"},
+        {"nats_per_response": "nan", "lower": "nan", "upper": "nan"},
+    ]
+    assert [level_of(row, rows) for row in rows] == [
+        "--value: 50.00%; --lower: 25.00%; --upper: 100.00%",
+        "--value: 25.00%; --lower: 25.00%; --upper: 25.00%",
+        "--value: 0.00%; --lower: 0.00%; --upper: 0.00%",
+    ]
+
+
 def test_infinite_divergence_makes_a_page(folder):
     shown, result = folder.shown(), folder.result()
     rows = shown.statistics.rows
@@ -130,6 +186,12 @@ def test_the_page_opens_in_a_browser(folder, hostile_page, tmp_path):
     dumped = browse((folder.path / "report.html").read_text().replace("</body>", focus), "--dump-dom")
     assert re.search(r'id="card"[^>]*display: block', dumped)
     assert re.search(r"KL [\d.e-]+ nats · drawn", dumped)
+    box = "document.querySelector('.kind[value=first]')"
+    clicked = f"<script>{box}.click()</script></body>"
+    dumped = browse((folder.path / "report.html").read_text().replace("</body>", clicked), "--dump-dom")
+    dimmed = re.findall(r'<span class="token[^"]* dim"[^>]*data-k="(\w+)"', dumped)
+    wanted = re.findall(r'data-k="first"', (folder.path / "report.html").read_text())
+    assert dimmed.count("first") == len(dimmed) == len(wanted) > 0
     assert "owned" not in re.search(r"<title>(.*?)</title>", browse(hostile_page, "--dump-dom")).group(1)
     picture = tmp_path / "page.png"
     browse((folder.path / "report.html").read_text(), f"--screenshot={picture}", "--window-size=1100,1400")

@@ -206,6 +206,7 @@ def put_together(
     bound, shape = {}, {}
     # Half of a symmetric divergence is not broken down: it would be another quantity under the headline's name.
     parts = no_breakdown() if headline.divergence in ("js", "jeffreys") else whole.parts(model)
+    parts["token_classes"] = whole.kinds()
     if headline.divergence in ("kl", "reverse_kl"):
         shape = tail_of(whole.strings)
         bound = lower_bound_of(whole.strings) if headline.estimand == "S" else {}

@@ -33,6 +33,7 @@ def one_batch(
     given: Sequences | None = None,
     features: Float[Tensor, "v f"] | None,
     mixture: bool,
+    js: bool,
     rescore: bool,
     floor: bool,
     backend: str,
@@ -51,7 +52,9 @@ def one_batch(
     shown = torch.arange(max(0, min(len(x), SHOWN_STRINGS - start)))
     checked = torch.arange(max(0, min(len(x), FLOOR_STRINGS - start)) if floor else 0)
     best = MostProbable(torch.isin(x.row(), shown), min(SHOWN_TOKENS, p.vocabulary.size))
-    statistics = collect(p, hidden_p, q, hidden_q, x, features=features, mixture=mixture, backend=backend, watch=best)
+    statistics = collect(
+        p, hidden_p, q, hidden_q, x, features=features, mixture=mixture, js=js, backend=backend, watch=best
+    )
     return Batch(
         statistics,
         best.details(shown),

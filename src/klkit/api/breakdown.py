@@ -1,4 +1,4 @@
-"""Where a divergence sits: by position, by token, end against content, and in which strings."""
+"""Where a divergence sits: by position, by token, end against content, in which strings; with ``facets`` by kind."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from klkit.api.facets import (
+    FacetSums,
+    bounds,
+    by_class,
+    by_confidence,
+    by_group,
+    end_share,
+    finite,
+    interval,
+    totals,
+)
 from klkit.estimators.statistics import TokenStatistics
 from klkit.estimators.strings import StringStatistics
 from klkit.results import jsonable
@@ -113,47 +124,39 @@ class TokenSums:
         return cls(token, total, centre, squares, totals(index, log_ratio, len(token)))
 
 
-def totals(group: NDArray[np.int64], values: Array, groups: int) -> Array:
-    """Sum ``values`` over the members of each group, ``(groups,)``."""
-    return np.bincount(group, values, minlength=groups).astype(np.float64, copy=False)
-
-
-def finite(values: Array) -> Array:
-    """``values`` with 0 for what is infinite or undefined."""
-    return np.where(np.isfinite(values), values, 0.0)
-
-
 def breakdown(
     strings: StringStatistics,
     positions: PositionSums,
     tokens: TokenSums,
+    facets: FacetSums,
     pieces: Callable[[Sequence[int]], list[str]],
+    groups: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The parts that a report shows, as plain values in nats.
 
     Args:
         pieces: turns token ids into readable text (``model.pieces``).
+        groups: the group of each prompt, if prompts have one.
     """
     kl = strings.kl.numpy()
     if not np.isfinite(kl).all():
         # Shares and means of an infinite total say nothing; the infinite positions are listed elsewhere.
         return no_breakdown()
-    total, end = float(kl.sum()), float(positions.end_kl.sum())
     return {
         "by_position": by_position(positions, len(strings)),
+        "by_confidence": by_confidence(facets, len(strings)),
+        "by_class": by_class(facets, len(strings)),
+        "by_group": by_group(strings, groups) if groups is not None else [],
         "tokens": by_token(tokens, pieces),
         "strings": by_string(kl, strings.log_ratio.numpy()),
-        "end": {
-            "end_share": end / total if total > 0 else 0.0,
-            "content_share": 1.0 - end / total if total > 0 else 0.0,
-            "end_nats_per_response": end / len(strings),
-        },
+        "end": {**end_share(facets), "end_nats_per_response": float(positions.end_kl.sum()) / len(strings)},
     }
 
 
 def no_breakdown() -> dict[str, Any]:
     """A breakdown of nothing, for divergences that have none."""
-    return {"by_position": [], "tokens": [], "strings": {}, "end": {}}
+    lists = ("by_position", "by_confidence", "by_class", "by_group", "tokens")
+    return {**{name: [] for name in lists}, "strings": {}, "end": {}}
 
 
 def position_bins(longest: int) -> list[tuple[int, int]]:
@@ -173,7 +176,7 @@ def position_bins(longest: int) -> list[tuple[int, int]]:
 
 
 def by_position(sums: PositionSums, strings: int) -> list[dict[str, Any]]:
-    """Mean KL of the decisions at each position, given that the string reached it, with its error."""
+    """Mean KL of the decisions at each position, given that the string reached it, with its error and interval."""
     found = []
     for i, (start, stop) in enumerate(position_bins(sums.longest)):
         reached = sums.decisions[:, i] > 0
@@ -186,6 +189,7 @@ def by_position(sums: PositionSums, strings: int) -> list[dict[str, Any]]:
                 "decisions": int(count),
                 "kl": total / count,
                 "stderr": jsonable(ratio_stderr(kl, decisions)),
+                **bounds(interval(kl, decisions)),
                 "end_kl": float(sums.end_kl[i]) / count,
                 "nats_per_response": total / strings,
             }

@@ -41,6 +41,9 @@ def per_token(strings: StringStatistics, roles: tuple[str, str] = ("p", "q")) ->
         "total_variation": strings.total_variation,
         "same_top": strings.same_top,
     }
+    if strings.js is not None:
+        # Of the next-token laws at the contexts that the first model wrote: not that of the two laws over strings.
+        columns[f"js_at_{first}"] = strings.js
     found: dict[str, Any] = {}
     for name, values in columns.items():
         totals, weights = cluster_totals(values.numpy(), lengths, cluster)

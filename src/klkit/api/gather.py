@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from klkit.api.breakdown import PositionSums, TokenSums, breakdown, finite
+from klkit.api.breakdown import PositionSums, TokenSums, breakdown
+from klkit.api.facets import FacetSums, finite
 from klkit.estimators.folds import deal
 from klkit.estimators.statistics import TokenStatistics
 from klkit.estimators.strings import StringStatistics
 from klkit.estimators.tally import Tally
 from klkit.models.base import LanguageModel
+from klkit.models.token_classes import CLASSES
 from klkit.report.shards import Batch, Details, Shown
 
 
@@ -25,17 +29,30 @@ class Gathered:
         clusters: how many independent units the run may draw, numbered from 0, for the folds of the control
             variates; 0 where none are wanted.
         every: keep the divergence of every decision, four bytes each: for quantiles, which sums do not give.
+        classes: the kind of each token (``token_classes``); without, nothing is broken down by kind.
+        groups: the group of each prompt, if prompts have one.
+        first: whether strings begin where responses do.
 
     Attributes:
         tally: what estimators and checks read.
         floor: ``KL(p‖p)`` between two passes of ``p`` over the first strings.
     """
 
-    def __init__(self, clusters: int, *, every: bool = False) -> None:
+    def __init__(
+        self,
+        clusters: int,
+        *,
+        every: bool = False,
+        classes: Int[Tensor, " v"] | None = None,
+        groups: Sequence[str] | None = None,
+        first: bool = True,
+    ) -> None:
         self.tally = Tally(deal(np.arange(clusters)) if clusters else None)
         self.floor = torch.zeros(0, dtype=torch.float64)
         self._positions: list[PositionSums] = []
         self._tokens: list[TokenSums] = []
+        self._facets: list[FacetSums] = []
+        self._classes, self._groups, self._first = classes, groups, first
         self._shown: list[tuple[TokenStatistics, Details, int]] = []
         self._every: list[Tensor] | None = [] if every else None
         self._strings = 0
@@ -46,6 +63,7 @@ class Gathered:
         self.tally.add(statistics)
         self.floor = torch.cat([self.floor, batch.floor])
         self._positions.append(PositionSums.of(statistics))
+        self._facets.append(FacetSums.of(statistics, self._classes, first=self._first))
         kl, ratio = statistics.rows.kl.double().numpy(), statistics.log_ratio.double().numpy()
         tokens = TokenSums.of(statistics.x.targets().numpy(), finite(kl), ratio)
         self._tokens = [TokenSums.cat([*self._tokens, tokens])]
@@ -76,5 +94,12 @@ class Gathered:
 
     def parts(self, model: LanguageModel) -> dict[str, Any]:
         """Where the divergence sits, as the report shows it."""
-        self._positions = [PositionSums.cat(self._positions)]
-        return breakdown(self.strings, self._positions[0], self._tokens[0], model.pieces)
+        self._positions, self._facets = [PositionSums.cat(self._positions)], [FacetSums.cat(self._facets)]
+        return breakdown(self.strings, self._positions[0], self._tokens[0], self._facets[0], model.pieces, self._groups)
+
+    def kinds(self) -> dict[str, list[int]]:
+        """The drawn tokens that the report shows, by their kind."""
+        if self._classes is None:
+            return {}
+        ids = torch.unique(self.shown.statistics.x.targets())
+        return {name: ids[self._classes[ids] == i].tolist() for i, name in enumerate(CLASSES)}

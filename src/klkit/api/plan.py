@@ -27,6 +27,7 @@ class Plan:
         samples: strings a prompt.
         max_tokens: longest response.
         seed: names the draws.
+        groups: the group of each prompt, if prompts have one; no string depends on it.
     """
 
     contexts_p: Sequence[Int[Tensor, " _c"]]
@@ -34,6 +35,7 @@ class Plan:
     samples: int
     max_tokens: int
     seed: int
+    groups: Sequence[str] | None = None
 
     def swapped(self) -> Plan:
         """The same plan for the pair seen from ``q``."""

@@ -177,7 +177,8 @@ def make_plan(pair: Pair, settings: Settings, prompts: Prompts | None) -> tuple[
     if samples is None:
         wanted = CAP_STRINGS if settings.rtol is not None else DEFAULT_STRINGS
         samples = max(1, -(-wanted // len(contents)))
-    return Plan(contexts_p, contexts_q, samples, max_tokens, settings.seed), tuple(notes)
+    groups = None if prompts is None else prompts.groups
+    return Plan(contexts_p, contexts_q, samples, max_tokens, settings.seed, groups), tuple(notes)
 
 
 def document_ids(model: LanguageModel, text: str) -> Tensor:

@@ -3,29 +3,61 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from klkit.sequences import Content, Prompts
 from klkit.train.records import SUFFIXES, decode, records, resolve
 
+GROUP = "group"  # the field that groups are read from where none is named
 
-def read_prompts(source: str, column: str = "prompt") -> Prompts:
+
+def read_prompts(source: str, column: str = "prompt", group_column: str | None = None) -> Prompts:
     """Read prompts: a line each (txt), or field ``column`` of each record (jsonl, csv, parquet).
 
     A record's field may be text or a conversation (a list of messages with ``role`` and
     ``content``). Blank lines of a txt file are skipped; a blank or missing field of a record is an
     error, since it is rarely meant.
 
+    Args:
+        group_column: field that names the group of each prompt. Without it, the field ``group`` where records have
+            one; then all of them must.
+
     Raises:
-        ValueError: a broken line (its number is named), a missing column, no prompt at all.
+        ValueError: a broken line (its number is named), a missing column, a group for some prompts only, no prompt
+            at all.
         FileNotFoundError: no such file.
     """
     path = resolve(source)
-    contents = tuple(_content(record, column, path, number) for number, record in records(path, column))
+    rows = list(records(path, column))
+    contents = tuple(_content(record, column, path, number) for number, record in rows)
     if not contents:
         raise ValueError(f"expected at least one prompt in {path}, got none; the file is empty")
-    return Prompts(contents)
+    return Prompts(contents, _groups(rows, column, group_column, path))
+
+
+def _groups(
+    rows: Sequence[tuple[int, Any]], column: str, group_column: str | None, path: Path
+) -> tuple[str, ...] | None:
+    """The group of each record, or None where there are none and none were asked for."""
+    name = group_column or GROUP
+    values = [record.get(name) if isinstance(record, dict) else None for _, record in rows]
+    missing = [value is None or value != value or (isinstance(value, str) and not value.strip()) for value in values]
+    if group_column is None and (name == column or all(missing)):
+        return None
+    for (number, _), value, absent in zip(rows, values, missing, strict=True):
+        if absent:
+            raise ValueError(
+                f"expected a group for every prompt, got none in field {name!r} of line {number} of {path}; "
+                f"mend the line, or name another field with --group-column"
+            )
+        if not isinstance(value, str | int | float):
+            raise ValueError(
+                f"expected the name of a group in field {name!r} of line {number} of {path}, got {str(value)[:60]!r}; "
+                f"write text or a number, or name another field with --group-column"
+            )
+    return tuple(str(value).strip() for value in values)
 
 
 def read_documents(source: str, column: str = "text") -> list[str]:

@@ -45,6 +45,7 @@ from klkit.estimators.variates import token_features
 from klkit.models.base import LanguageModel
 from klkit.models.noise import with_rounding_noise
 from klkit.models.spec import load
+from klkit.models.token_classes import token_classes
 from klkit.report.html import write_report
 from klkit.report.record import RunFolder
 from klkit.report.shards import Batch, Shown
@@ -84,7 +85,9 @@ def run(
                 f"expected an unfinished run in {out} for --resume, got a finished one; read it with: klkit report "
                 f"{out}"
             )
-        prompts = read_prompts(settings.prompts, settings.column) if settings.prompts is not None else None
+        prompts = None
+        if settings.prompts is not None:
+            prompts = read_prompts(settings.prompts, settings.column, settings.group_column)
         documents = (
             read_documents(settings.text, "text" if settings.column == "prompt" else settings.column)
             if settings.text
@@ -253,7 +256,7 @@ def draw_strings(
     pair: Pair, plan: Plan, settings: Settings, folder: RunFolder | None, share: Share, *, mixture: bool = False
 ) -> Gathered:
     """The strings of one direction, drawn, scored and summed up."""
-    found = Gathered(plan.clusters)
+    found = Gathered(plan.clusters, classes=token_classes(pair.p), groups=plan.groups)
     draw_batches(
         pair,
         plan,
@@ -296,6 +299,7 @@ def draw_batches(
         batch_size=settings.batch_size,
         features=processes.everywhere(features),
         mixture=mixture,
+        js=settings.token_js,
         floor=settings.floor != "none",
         enough=enough,
         folder=folder,
@@ -361,10 +365,12 @@ def measure_text(
     require_alike(env, processes)
     folder = start(out, settings, env, resume, processes)
     size = settings.batch_size if isinstance(settings.batch_size, int) else 16
-    found, number = Gathered(0, every=True), 0
+    found = Gathered(0, every=True, classes=token_classes(pair.p), first=False)
+    number = 0
 
     def work(rows: Tensor) -> Batch:
-        return Batch(score(pair.p, pair.q, windows.x.select(rows), batch_size=size), no_details(), torch.zeros(0))
+        scored = score(pair.p, pair.q, windows.x.select(rows), batch_size=size, js=settings.token_js)
+        return Batch(scored, no_details(), torch.zeros(0))
 
     def store(batch: Batch) -> None:
         if folder is not None:

@@ -16,7 +16,7 @@ KLKIT, VLLM = "klkit", "vllm"
 SAMPLERS = (KLKIT, VLLM)
 WHOLE_NUMBERS = ("samples", "max_tokens", "context", "seed", "beam")
 NUMBERS = ("temperature", "rtol")
-ABSENT = ("prompts", "text", "samples", "rtol", "beam")  # options that may be None
+ABSENT = ("prompts", "group_column", "text", "samples", "rtol", "beam")  # options that may be None
 DEFAULT_STRINGS = 256  # when --samples is not given: enough strings for this many, at least one a prompt
 MINIMUM_STRINGS = 64  # --rtol never stops before
 DEFAULT_BEAM = 8  # hypotheses at each byte, when --beam is not given
@@ -32,6 +32,7 @@ class Settings:
         q: specification of the model compared with it.
         prompts: a file of prompts (txt, jsonl, csv, parquet), ``klkit:NAME``, or None for one empty prompt.
         column: which field of the prompt file holds the prompts.
+        group_column: which field of the prompt file names the group of a prompt; None for ``group``, if there is one.
         text: a file of fixed text to score instead of sampling (estimand F), or None.
         context: window in tokens into which long documents of ``text`` are cut.
         divergence: ``kl``, ``reverse_kl`` (from q's samples), ``js`` or ``jeffreys`` (from both).
@@ -46,6 +47,7 @@ class Settings:
         rtol: stop when the half-width of the 95 % interval is below this share of the estimate.
         sampler: what draws the strings: ``klkit``, or ``vllm`` with any options of its engine, joined by commas.
         floor: how the numerical floor is measured: ``batch``, ``dtype``, ``noise`` or ``none``.
+        token_js: also measure the Jensen-Shannon divergence of the next-token laws, per token.
         shared_only: compare conditionally on the tokens that both vocabularies have.
         bytes: compare the laws of texts, byte by byte, which needs no common tokenizer.
         beam: hypotheses about the tokens that are kept at each byte; None for 8.
@@ -56,6 +58,7 @@ class Settings:
     q: str
     prompts: str | None = None
     column: str = "prompt"
+    group_column: str | None = None
     text: str | None = None
     context: int = 512
     divergence: str = "kl"
@@ -70,6 +73,7 @@ class Settings:
     rtol: float | None = None
     sampler: str = KLKIT
     floor: str = "batch"
+    token_js: bool = False
     shared_only: bool = False
     bytes: bool = False
     beam: int | None = None
@@ -125,6 +129,11 @@ class Settings:
             idle, why = given("text", "shared_only"), "bytes compares sampled responses, over all 256 bytes"
         if self.beam is not None and not self.bytes:
             idle, why = ["beam"], "only the sums of bytes=True have a beam"
+        if self.group_column is not None and not idle:
+            if self.prompts is None:
+                idle, why = ["group_column"], "groups are read from the file of --prompts"
+            elif self.divergence in ("js", "jeffreys"):
+                idle, why = ["group_column"], f"{self.divergence} is not broken down"
         if idle:
             named = ", ".join(f"{name}={getattr(self, name)!r}" for name in idle)
             raise ValueError(
@@ -167,7 +176,7 @@ def _of_kind(name: str, value: Any) -> Any:
     elif name in NUMBERS:
         kind, fits = "a number", whole or isinstance(value, float)
         value = float(value) if whole else value
-    elif name in ("shared_only", "bytes"):
+    elif name in ("shared_only", "bytes", "token_js"):
         kind, fits = "true or false", isinstance(value, bool)
     else:
         kind, fits = "text", isinstance(value, str)

@@ -67,6 +67,7 @@ def run_strings(
     batch_size: int | str = "auto",
     features: Float[Tensor, "v f"] | None = None,
     mixture: bool = False,
+    js: bool = False,
     rescore: bool | None = None,
     floor: bool = True,
     enough: Callable[[], bool] | None = None,
@@ -81,6 +82,7 @@ def run_strings(
     first's alone.
 
     Args:
+        mixture, js: see :func:`klkit.estimators.statistics.collect`.
         keep: given every batch, those in ``folder`` included, in order; nothing else remembers them.
         rescore: run ``p`` once more, teacher-forced in ``q``'s batch shapes, instead of reading out
             the trunk vectors of its sampling pass. By default only in half precision, where the
@@ -128,6 +130,7 @@ def run_strings(
             given=None if drawn is None else drawn.strings(start, width),
             features=features,
             mixture=mixture,
+            js=js,
             rescore=rescore,
             floor=floor,
             backend=backend,

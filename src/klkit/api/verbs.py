@@ -61,9 +61,9 @@ def estimate(
         ('rb_cv', True)
     """
     folder = None if out is None else Path(out)
-    settings = Settings.from_mapping({"p": _name(p), "q": _name(q), **options})
     if isinstance(prompts, str):
-        settings, prompts = replace(settings, prompts=prompts), None
+        options, prompts = {**options, "prompts": prompts}, None
+    settings = Settings.from_mapping({"p": _name(p), "q": _name(q), **options})
     named = isinstance(p, str) and isinstance(q, str)
     if not named and (isinstance(p, str) or isinstance(q, str)):
         raise TypeError(
@@ -76,7 +76,9 @@ def estimate(
         settings = processes.everywhere(lambda: resolved(settings))
         p, q = processes.everywhere(lambda: load_models(settings, processes))
     if settings.prompts is not None:
-        prompts = processes.everywhere(lambda: read_prompts(str(settings.prompts), settings.column))
+        prompts = processes.everywhere(
+            lambda: read_prompts(str(settings.prompts), settings.column, settings.group_column)
+        )
     elif prompts is not None:
         prompts = prompts if isinstance(prompts, Prompts) else Prompts(tuple(prompts))
         settings = replace(settings, prompts=f"{MEMORY}{len(prompts)} prompts")

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from klkit.models.token_classes import NAMES
 from klkit.results import Estimate
 from klkit.stats.planning import plan
 
@@ -133,8 +134,29 @@ def lines(
         f"same top-1 {float(agreement['value']):.1%}, total variation {float(variation['value']):.3g}, "
         f"entropy of {first} {headline.in_unit(float(companions[f'entropy_{first}']['value'])):.3g} {unit}"
     )
-    if parts["end"]:
-        said["where"] = (
-            f"{parts['end']['end_share']:.1%} of it is when to stop, {parts['end']['content_share']:.1%} what to say"
+    if f"js_at_{first}" in companions:
+        js = headline.in_unit(float(companions[f"js_at_{first}"]["value"]))
+        said["per token"] += (
+            f", Jensen-Shannon of next-token laws at contexts of {first} {js:.3g} {unit} (not that of whole responses)"
         )
+    if parts["end"]:
+        said["where"] = where(headline, parts)
+    return said
+
+
+def where(headline: Estimate, parts: Mapping[str, Any]) -> str:
+    """End against content, the kind of tokens that carries most, and the farthest and the nearest group."""
+    said = f"{parts['end']['end_share']:.1%} of it is when to stop, {parts['end']['content_share']:.1%} what to say"
+    classes = [row for row in parts["by_class"] if row["share"] > 0]
+    if classes:
+        most = max(classes, key=lambda row: float(row["share"]))
+        said += f"; {most['share']:.1%} at {NAMES[most['class']]}"
+    groups = [row for row in parts["by_group"] if row["strings"]]
+    if len(groups) > 1:
+        ordered = sorted(groups, key=lambda row: float(row["nats_per_response"]))
+        ends = (
+            f"{row['group']!r} {headline.in_unit(float(row['nats_per_response'])):.4g}"
+            for row in (ordered[-1], ordered[0])
+        )
+        said += f"; groups from {' down to '.join(ends)} {headline.unit} per response"
     return said

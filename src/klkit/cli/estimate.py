@@ -68,6 +68,12 @@ def estimate_command(
             help="Field that holds the prompts (or the text). \\[default: prompt, or text]", rich_help_panel=WHAT
         ),
     ] = None,
+    group_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Field that names each prompt's group. \\[default: group, if there is one]", rich_help_panel=WHAT
+        ),
+    ] = None,
     text: Annotated[
         str | None, typer.Option(help="Score this fixed text instead of sampling: estimand F.", rich_help_panel=WHAT)
     ] = None,
@@ -153,6 +159,14 @@ def estimate_command(
             rich_help_panel=HOW,
         ),
     ] = None,
+    token_js: Annotated[
+        bool | None,
+        typer.Option(
+            "--token-js",
+            help="Also the Jensen-Shannon divergence of the next-token laws; reading out takes half as long again.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file of these options; flags win over it.", rich_help_panel=HOW)
     ] = None,
@@ -172,11 +186,12 @@ def estimate_command(
     from klkit.api.settings import Settings
 
     given = {
-        "p": p, "q": q, "prompts": prompts, "column": column, "text": text, "context": context,
+        "p": p, "q": q, "prompts": prompts, "column": column,
+        "group_column": group_column, "text": text, "context": context,
         "divergence": divergence, "samples": samples, "max_tokens": max_tokens, "temperature": temperature,
         "shared_only": shared_only, "bytes": over_bytes, "beam": beam, "method": method, "rtol": rtol,
         "seed": seed, "dtype": dtype, "device": device, "batch_size": batch_size, "sampler": sampler,
-        "floor": floor, "unit": unit,
+        "floor": floor, "token_js": token_js, "unit": unit,
     }  # fmt: skip
     options = read_config(config) if config is not None else {}
     options |= {name: value for name, value in given.items() if value is not None}

@@ -7,7 +7,9 @@ stay in cache; nothing of the size of all the logits is ever allocated. The same
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -41,6 +43,9 @@ class RowStatistics:
         top_q: ``q``'s most probable token.
         lost: ``p``-mass on tokens that ``q`` excludes; above 0 exactly when ``kl`` is infinite.
         excluded: the most probable such token, or −1.
+        confidence: ``p``'s largest probability.
+        js: ``½ KL(p‖m) + ½ KL(q‖m)``, ``m = ½p + ½q``: Jensen-Shannon divergence of the two next-token laws, if it was
+            asked for.
     """
 
     logp: Float[Tensor, " m"]
@@ -59,11 +64,26 @@ class RowStatistics:
     top_q: Int[Tensor, " m"]
     lost: Float[Tensor, " m"]
     excluded: Int[Tensor, " m"]
+    confidence: Float[Tensor, " m"]
+    js: Float[Tensor, " m"] | None = None
 
     @property
     def same_top(self) -> Bool[Tensor, " m"]:
         """Whether both models agree on the most probable token."""
         return self.top_p == self.top_q
+
+    def select(self, rows: Int[Tensor, " k"]) -> RowStatistics:
+        """Those of the rows ``rows``, in that order."""
+        columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(RowStatistics)}
+        columns |= {name: column[rows] for name, column in columns.items() if column is not None}
+        return RowStatistics(**columns)
+
+    @staticmethod
+    def cat(parts: Sequence[RowStatistics]) -> RowStatistics:
+        """Those of several tables of rows, one after the other."""
+        columns: dict[str, Any] = {f.name: [getattr(part, f.name) for part in parts] for f in fields(RowStatistics)}
+        columns = {name: None if column[0] is None else torch.cat(column) for name, column in columns.items()}
+        return RowStatistics(**columns)
 
 
 @torch.no_grad()
@@ -74,6 +94,7 @@ def row_statistics(
     ends: tuple[int, ...],
     *,
     overwrite: bool = False,
+    js: bool = False,
     backend: str | None = None,
 ) -> RowStatistics:
     """Reduce rows of logits to the scalars that estimators, audit and report need.
@@ -88,6 +109,7 @@ def row_statistics(
         tokens: the token drawn at each row.
         ends: ids that end a response.
         overwrite: leave the probabilities of ``p`` in ``logits_p``, where they cost nothing more.
+        js: also compute the Jensen-Shannon divergence, which takes a third to a half as long again.
         backend: by default the one that :func:`klkit.divergences.backends.choose` names for this much work.
 
     Raises:
@@ -114,13 +136,13 @@ def row_statistics(
     drawn = tokens[:, None]
     logp = logits_p.gather(1, drawn)[:, 0].double() - sums.reference - found.log_mass_p
     logq = logits_q.gather(1, drawn)[:, 0].double() - log_norm_q
-    total_variation = kernels.second_sweep(logits_p, logits_q, norms, mixture=False, overwrite=overwrite)[:, 2]
+    swept = kernels.second_sweep(logits_p, logits_q, norms, mixture=js, overwrite=overwrite)
     return RowStatistics(
         logp=logp.to(dtype),
         logq=logq.to(dtype),
         kl=found.kl.to(dtype),
         reverse_kl=found.reverse_kl.to(dtype),
-        total_variation=total_variation.to(dtype),
+        total_variation=swept[:, 2].to(dtype),
         entropy_p=found.entropy_p.to(dtype),
         entropy_q=found.entropy_q.to(dtype),
         variance_logp=found.variance_logp.to(dtype),
@@ -132,6 +154,8 @@ def row_statistics(
         top_q=sums.top_q.long(),
         lost=lost_mass.to(dtype),
         excluded=excluded,
+        confidence=(-found.log_mass_p).exp().to(dtype),
+        js=swept[:, 0].to(dtype) if js else None,
     )
 
 

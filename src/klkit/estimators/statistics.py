@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,6 +114,8 @@ class TokenStatistics:
             "entropy_q": rows.entropy_q,
             "same_top": rows.same_top,
         }
+        if rows.js is not None:
+            columns["js"] = rows.js
         if self.mixture is not None:
             columns["mixture"] = self.mixture
         if x.sampler_logp is not None:
@@ -139,6 +142,7 @@ class TokenStatistics:
             "reached": sums["infinite"],
             "mixture": None,
             "mismatch": torch.zeros(len(x), dtype=torch.float64),
+            "js": None,
         }
         return StringStatistics(
             prompt=x.prompt,
@@ -159,7 +163,7 @@ class TokenStatistics:
         keep = starts + torch.arange(int(lengths.sum()))
         return TokenStatistics(
             x=self.x.select(strings),
-            rows=RowStatistics(**{f.name: getattr(self.rows, f.name)[keep] for f in fields(RowStatistics)}),
+            rows=self.rows.select(keep),
             features=self.features[keep],
             mixture=None if self.mixture is None else self.mixture[keep],
         )
@@ -167,11 +171,10 @@ class TokenStatistics:
     @staticmethod
     def cat(parts: Sequence[TokenStatistics]) -> TokenStatistics:
         """Concatenate the statistics of successive batches."""
-        rows = {f.name: torch.cat([getattr(part.rows, f.name) for part in parts]) for f in fields(RowStatistics)}
         mixtures = [part.mixture for part in parts if part.mixture is not None]
         return TokenStatistics(
             x=Sequences.cat([part.x for part in parts]),
-            rows=RowStatistics(**rows),
+            rows=RowStatistics.cat([part.rows for part in parts]),
             features=torch.cat([part.features for part in parts]),
             mixture=torch.cat(mixtures) if mixtures else None,
         )
@@ -186,6 +189,7 @@ def collect(
     *,
     features: Float[Tensor, "v f"] | None = None,
     mixture: bool = False,
+    js: bool = False,
     backend: str | None = None,
     watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> TokenStatistics:
@@ -195,7 +199,8 @@ def collect(
         hidden_p: trunk vectors of ``p``, from its sampling pass or from ``p.encode(x)``.
         hidden_q: trunk vectors of ``q`` for the same decisions.
         features: one vector a token for the control variates.
-        mixture: also compute the terms of the Jensen-Shannon divergence.
+        mixture: also compute the terms of the Jensen-Shannon divergence of the two laws over strings.
+        js: also compute the Jensen-Shannon divergence of the two next-token laws at each decision.
         backend: kernels for the rows; by default chosen for this batch. Whoever has many batches names one for all, so
             that no number depends on which kernels happened to be loaded in between.
         watch: shown the logits of ``p`` and ``q`` at every decision in order, some rows at a time; they are gone
@@ -232,7 +237,7 @@ def collect(
         y, second = y.to(first.device), second.to(first.device)
         if watch is not None:
             watch(first, second)
-        stats = row_statistics(first, second, y, p.vocabulary.ends, overwrite=overwrite, backend=backend)
+        stats = row_statistics(first, second, y, p.vocabulary.ends, overwrite=overwrite, js=js, backend=backend)
         if table is not None:
             table = table.to(first)
             innovations.append(table[y] - (first if overwrite else first.exp()) @ table)
@@ -242,13 +247,15 @@ def collect(
             mixtures.append(mixture_kl(first, second, odds.to(first)))
         parts.append(stats)
     # One transfer a field, not one a chunk: each would wait for the accelerator to finish.
-    rows = {f.name: torch.cat([getattr(part, f.name) for part in parts]).cpu() for f in fields(RowStatistics)}
+    together = RowStatistics.cat(parts)
+    columns: dict[str, Any] = {f.name: getattr(together, f.name) for f in fields(RowStatistics)}
     # Token ids fit into half of what they are computed in.
-    rows |= {name: ids.int() for name, ids in rows.items() if not ids.is_floating_point()}
+    columns |= {n: (c if c.is_floating_point() else c.int()).cpu() for n, c in columns.items() if c is not None}
+    rows = RowStatistics(**columns)
     return TokenStatistics(
         x=x,
-        rows=RowStatistics(**rows),
-        features=torch.cat(innovations).cpu() if innovations else rows["kl"].new_zeros(x.decisions, 0),
+        rows=rows,
+        features=torch.cat(innovations).cpu() if innovations else rows.kl.new_zeros(x.decisions, 0),
         mixture=torch.cat(mixtures).cpu() if mixture else None,
     )
 
@@ -311,6 +318,7 @@ def score(
     batch_size: int = 32,
     features: Float[Tensor, "v f"] | None = None,
     mixture: bool = False,
+    js: bool = False,
     watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> TokenStatistics:
     """Score given strings with both models: one teacher-forced pass of each, batch by batch.
@@ -318,6 +326,7 @@ def score(
     Args:
         contexts_q: what ``q`` reads before each string, when it differs from ``p``'s context.
         batch_size: strings a batch; the same batches, and so the same shapes, for both models.
+        mixture, js: see :func:`collect`.
         watch: see :func:`collect`; shown the decisions of all batches in order.
 
     Example:
@@ -342,6 +351,7 @@ def score(
             mine,
             features=features,
             mixture=mixture,
+            js=js,
             backend=backend,
             watch=watch,
         )

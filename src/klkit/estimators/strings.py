@@ -42,6 +42,7 @@ class StringStatistics:
         reached: those of them that ``p`` ever comes to.
         reverse_kl: sum of the reverse divergences at the same prefixes.
         total_variation: the same of the total variations.
+        js: the same of the Jensen-Shannon divergences of the next-token laws, if they were asked for.
         entropy_p: the same of ``p``'s entropies.
         entropy_q: the same of ``q``'s entropies.
         same_top: decisions at which both models hold the same token for the most probable one.
@@ -69,6 +70,7 @@ class StringStatistics:
     reached: Float[Tensor, " n"]
     reverse_kl: Float[Tensor, " n"]
     total_variation: Float[Tensor, " n"]
+    js: Float[Tensor, " n"] | None
     entropy_p: Float[Tensor, " n"]
     entropy_q: Float[Tensor, " n"]
     same_top: Float[Tensor, " n"]

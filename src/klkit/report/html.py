@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from klkit.files import write_text
+from klkit.models.token_classes import FIRST, NAMES
 from klkit.report.plots import estimators_figure, position_figure, strings_figure
 from klkit.report.record import REPORT, RunFolder, disk_errors
 from klkit.report.shards import Shown
@@ -52,7 +54,9 @@ def render(
     """
     parts = result["breakdown"]
     counted = "windows" if result["headline"]["estimand"] == "F" else "responses"
-    strings = heat_map(shown, limit, texts)
+    # Runs of earlier versions have fewer parts than those of this one.
+    kind = {token: name for name, tokens in parts.get("token_classes", {}).items() for token in tokens}
+    strings = heat_map(shown, limit, texts, kind)
     return page(
         "template.html",
         result=result,
@@ -60,7 +64,10 @@ def render(
         figure_estimators=estimators_figure(result),
         figure_positions=position_figure(parts["by_position"], counted) if parts["by_position"] else "",
         figure_strings=strings_figure(parts["strings"], counted) if parts["strings"] else "",
+        facets={name: parts.get(name, []) for name in ("by_confidence", "by_class", "by_group")},
         strings=strings,
+        kinds=kinds_of(strings),
+        kind_names=NAMES,
         shades=SHADES,
         counted=counted,
         first=result["roles"][0],
@@ -83,7 +90,9 @@ def page(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, printable=printable)
+    environment.filters.update(
+        number=number, printable=printable, percent=percent, share_of=share_of, level_of=level_of
+    )
     return environment.get_template(template).render(**values)
 
 
@@ -102,6 +111,17 @@ def number(value: Any) -> str:
     return f"{value:.4g}"
 
 
+def percent(value: Any) -> str:
+    """A share in per cent.
+
+    Example:
+        >>> percent(0.1234), percent("nan")
+        ('12.3\xa0%', '–')
+    """
+    value = float(value)
+    return "–" if math.isnan(value) else f"{100 * value:.1f}\u00a0%"
+
+
 def embed(data: Any) -> str:
     """JSON that may stand inside a script element: no character can close it or open another.
 
@@ -113,8 +133,14 @@ def embed(data: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def heat_map(shown: Shown, limit: float, texts: Mapping[int, str]) -> list[dict[str, Any]]:
-    """The strings shown token by token, most divergent first, each token with its shade and figures."""
+def heat_map(
+    shown: Shown, limit: float, texts: Mapping[int, str], kind: Mapping[int, str] = MappingProxyType({})
+) -> list[dict[str, Any]]:
+    """The strings shown token by token, most divergent first, each token with its shade, its kind and figures.
+
+    Args:
+        kind: of each token, by :func:`klkit.models.token_classes.token_classes`; empty where it is not known.
+    """
     few, details = shown.statistics, shown.details
     kl = few.rows.kl.double().numpy()
     # The square root: KL is quadratic in the difference of two laws, so this is linear in the difference.
@@ -136,8 +162,13 @@ def heat_map(shown: Shown, limit: float, texts: Mapping[int, str]) -> list[dict[
                 "ratio": float(ratio[inside].sum()),
                 "finished": bool(few.x.finished[i]),
                 "tokens": [
-                    {"text": printable(texts.get(t, f"[{t}]")), "shade": int(s), "breaks": texts.get(t, "").count("\n")}
-                    for t, s in zip(ids, shade[inside], strict=True)
+                    {
+                        "text": printable(texts.get(t, f"[{t}]")),
+                        "shade": int(s),
+                        "breaks": texts.get(t, "").count("\n"),
+                        "kind": FIRST if kind and j == 0 and kind.get(t) != "end" else kind.get(t, ""),
+                    }
+                    for j, (t, s) in enumerate(zip(ids, shade[inside], strict=True))
                 ],
                 "top": [
                     {
@@ -154,6 +185,37 @@ def heat_map(shown: Shown, limit: float, texts: Mapping[int, str]) -> list[dict[
         )
         first += length
     return sorted(found, key=lambda s: -s["kl"])
+
+
+def kinds_of(strings: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Kinds of the tokens that are shown and what they are called, if there are several to choose from."""
+    found = {token["kind"] for string in strings for token in string["tokens"]}
+    return [(name, text) for name, text in NAMES.items() if name in found] if len(found) > 1 else []
+
+
+def share_of(row: Mapping[str, Any]) -> str:
+    """A bar from 0 to 100 % with its interval, as style properties of its two pieces.
+
+    Example:
+        >>> share_of({"share": 0.5, "share_lower": 0.25, "share_upper": "nan"})
+        '--value: 50.00%; --lower: 50.00%; --upper: 50.00%'
+    """
+    return bar_style(*(float(row[name]) for name in ("share", "share_lower", "share_upper")))
+
+
+def level_of(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The same for nats per response, in units of the longest bar of ``rows``."""
+    names = ("nats_per_response", "lower", "upper")
+    longest = max(v for r in rows for v in (float(r[name]) for name in names) if math.isfinite(v))
+    return bar_style(*(float(row[name]) / (longest or 1.0) for name in names))
+
+
+def bar_style(value: float, lower: float, upper: float) -> str:
+    """Style properties of a bar of three shares of its full length; without bounds it has no whisker."""
+    value = value if math.isfinite(value) else 0.0
+    ends = (lower, upper) if math.isfinite(lower) and math.isfinite(upper) else (value, value)
+    places = zip(("value", "lower", "upper"), (value, *ends), strict=True)
+    return "; ".join(f"--{name}: {100 * min(max(x, 0.0), 1.0):.2f}%" for name, x in places)
 
 
 def shade_limit(folder: RunFolder) -> float:

@@ -44,7 +44,7 @@ CONFIG, RESULT, SAMPLES, TENSORS, TOKENS, ENV, REPORT, SHARDS = (
 )
 # Options that may differ between the first half of a run and its resumption: they change how the
 # strings are computed or shown, never which strings they are.
-FREE_ON_RESUME = frozenset({"batch_size", "unit", "out", "json", "resume", "method", "device"}) | {
+FREE_ON_RESUME = frozenset({"batch_size", "unit", "out", "json", "resume", "method", "device", "group_column"}) | {
     *("candidates", "both", "cache", "cache_limit"),  # a comparison may get further candidates
 }
 

@@ -94,9 +94,12 @@ def unflatten(tensors: Mapping[str, Tensor]) -> Batch:
 
 
 def _statistics(tensors: Mapping[str, Tensor]) -> TokenStatistics:
+    rows = _fields(tensors, "rows", RowStatistics)
+    if rows["confidence"] is None:  # a run from before it was kept: not known
+        rows["confidence"] = torch.full_like(rows["kl"], torch.nan)
     return TokenStatistics(
         x=Sequences(**_fields(tensors, "x", Sequences)),
-        rows=RowStatistics(**_fields(tensors, "rows", RowStatistics)),
+        rows=RowStatistics(**rows),
         features=tensors["features"],
         mixture=tensors.get("mixture"),
     )
