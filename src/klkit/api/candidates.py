@@ -13,17 +13,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from klkit.api.batches import SHOWN_TOKENS, MostProbable, describe
 from klkit.api.gather import Gathered
 from klkit.api.prepare import Pair
 from klkit.api.reference import Reference, ReferenceBatch
-from klkit.api.strings import SHOWN_STRINGS, SHOWN_TOKENS, MostProbable, describe, mend_samples
+from klkit.api.rounds import in_rounds
+from klkit.api.strings import LONG_RUN, stored
+from klkit.api.text import Windows
 from klkit.divergences import backends
 from klkit.estimators.statistics import collect
 from klkit.models.base import LanguageModel
+from klkit.models.wrap import innermost
 from klkit.numerics import give_back_memory
 from klkit.report.record import RunFolder
 from klkit.report.shards import Batch
-from klkit.sequences import Sequences
 from klkit.train.processes import Processes
 
 
@@ -34,18 +37,12 @@ class Candidate:
     Attributes:
         name: what tables call it.
         open: gives the model while it is needed, and frees it afterwards.
+        size: of its weights, asked for while it is open; empty if not known.
     """
 
     name: str
     open: Callable[[], AbstractContextManager[LanguageModel]]
-
-
-def trunk_of(model: LanguageModel) -> Any:
-    """The model whose trunk vectors ``model`` is read from: itself, under any transformations of its read-out."""
-    inner: Any = model
-    while hasattr(inner, "base"):
-        inner = inner.base
-    return inner
+    size: Callable[[], dict[str, Any]] = dict
 
 
 def score_batch(
@@ -54,8 +51,9 @@ def score_batch(
     contexts_q: Sequence[Int[Tensor, " _c"]] | None,
     *,
     features: Float[Tensor, "v f"] | None,
+    js: bool,
     backend: str,
-    shown: int = SHOWN_STRINGS,
+    shown: int,
 ) -> Batch:
     """Read ``pair.q`` out over strings of ``pair.p``: the only pass of ``q``, and none of ``p``.
 
@@ -65,11 +63,13 @@ def score_batch(
     """
     x = batch.x
     theirs = x if contexts_q is None else x.after([contexts_q[i] for i in x.prompt.tolist()])
-    same = trunk_of(pair.q) is trunk_of(pair.p) and contexts_q is None
+    same = innermost(pair.q) is innermost(pair.p) and contexts_q is None
     hidden_q = batch.hidden if same else pair.q.encode(theirs)
     few = torch.arange(max(0, min(len(x), shown - batch.start)))
     best = MostProbable(torch.isin(x.row(), few), min(SHOWN_TOKENS, pair.p.vocabulary.size))
-    statistics = collect(pair.p, batch.hidden, pair.q, hidden_q, x, features=features, backend=backend, watch=best)
+    statistics = collect(
+        pair.p, batch.hidden, pair.q, hidden_q, x, features=features, js=js, backend=backend, watch=best
+    )
     return Batch(statistics, best.details(few), batch.floor)
 
 
@@ -80,11 +80,12 @@ def score_candidate(
     contexts_q: Sequence[Int[Tensor, " _c"]] | None,
     *,
     features: Float[Tensor, "v f"] | None,
+    js: bool,
     max_tokens: int,
-    shown: int = SHOWN_STRINGS,
-    folder: RunFolder | None = None,
-    processes: Processes | None = None,
-    observe: Callable[[int], None] | None = None,
+    shown: int,
+    folder: RunFolder | None,
+    processes: Processes,
+    observe: Callable[[int], None] | None,
 ) -> None:
     """Sum up ``pair`` over all strings of ``reference`` into ``found``, batch by batch.
 
@@ -93,35 +94,29 @@ def score_candidate(
         processes: that share the batches, whole ones; each of them gets all sums.
         observe: given the strings done.
     """
-    processes = processes or Processes()
-    stored = 0
     if folder is not None:
-        for batch in folder.batches():
+        for batch in stored(folder, pair.p, processes):
             found.add(batch)
-            stored += 1
-        if len(found) == reference.count:
-            return
-        if processes.first:
-            mend_samples(folder, pair.p, len(found))
     # One choice for the whole run, as there are many batches: half of the responses' room is an average guess.
-    backend = backends.choose(reference.count * max_tokens * pair.p.vocabulary.size // 2, dtype=pair.p.dtype)
-    for first in range(stored, len(reference), processes.count):
-        mine = first + processes.rank
-        own: Batch | None = None
-        if mine < len(reference):
-            own = score_batch(
-                pair, reference.store.get(mine), contexts_q, features=features, backend=backend, shown=shown
-            )
-        for number, done in enumerate(processes.gather(own), start=first):
-            if done is None:
-                continue
-            if folder is not None and processes.first:
-                folder.append(number, done, describe(pair.p, done.statistics))
-            found.add(done)
-        if first:
-            give_back_memory()
+    size = reference.count * max_tokens * pair.p.vocabulary.size // 2
+    backend = processes.by_first(lambda: backends.choose(size, dtype=pair.p.dtype))
+    first = -(-len(found) // reference.size)
+
+    def work(index: int) -> Batch:
+        batch = reference.store.get(index)
+        return score_batch(pair, batch, contexts_q, features=features, js=js, backend=backend, shown=shown)
+
+    def note(index: int, batch: Batch) -> None:
+        if folder is not None:
+            folder.append(index, batch, describe(pair.p, batch.statistics))
         if observe is not None:
             observe(len(found))
+
+    for index, batch in enumerate(in_rounds(range(first, len(reference)), work, processes), start=first):
+        found.add(batch)
+        processes.by_first(lambda index=index, batch=batch: note(index, batch))  # type: ignore[misc]
+        if index > LONG_RUN:
+            give_back_memory()
 
 
 def contexts_of(q: LanguageModel, contents: Sequence[Any], contexts_p: Sequence[Tensor]) -> list[Tensor] | None:
@@ -145,13 +140,13 @@ def require_room(model: LanguageModel, contexts: Sequence[Tensor], max_tokens: i
         )
 
 
-def require_readable(model: LanguageModel, x: Sequences) -> None:
+def require_readable(model: LanguageModel, windows: Windows | None) -> None:
     """Refuse a candidate that cannot read windows of the given text.
 
     Raises:
         ValueError: its window is too short.
     """
-    longest = int(x.stop.max())
+    longest = 0 if windows is None else int(windows.x.stop.max())
     if model.window is not None and longest > model.window:
         raise ValueError(
             f"expected candidates that can read windows of {longest} tokens, got {model.name} with a window of "

@@ -1,16 +1,18 @@
-"""Many models compared with one, from settings to a ranking: ``p`` runs once, then each candidate once."""
+"""Many models compared with one: ``p`` is asked once, then each candidate once, and all of them are ranked."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from klkit.api.assemble import from_strings, from_text
+from klkit.api.batches import FLOOR_STRINGS, SHOWN_STRINGS, floor_of
 from klkit.api.candidates import (
     Candidate,
     contexts_of,
@@ -31,16 +33,18 @@ from klkit.api.material import (
     publish_material,
     recorded_material,
     room,
-    start_folder,
     watch,
 )
-from klkit.api.prepare import Pair, environment, prepare
+from klkit.api.plan import Plan
+from klkit.api.prepare import Pair, environment, prepare, require_alike
 from klkit.api.rank import against_floor, rank_entries
-from klkit.api.run import draw_strings, shown_texts
+from klkit.api.run import Share, draw_strings, shown_texts
 from klkit.api.settings import Settings
-from klkit.api.strings import SHOWN_STRINGS, Plan, dtype_floor
+from klkit.api.strings import ALONE, stored
 from klkit.caches.recorded import RecordedModel
 from klkit.models.base import LanguageModel
+from klkit.models.noise import with_rounding_noise
+from klkit.models.token_classes import token_classes
 from klkit.ranking import Entry, Ranking
 from klkit.report.html import write_report
 from klkit.report.ranking import write_ranking
@@ -48,6 +52,35 @@ from klkit.report.record import RESULT, RunFolder
 from klkit.results import Comparison
 from klkit.sequences import Prompts
 from klkit.train.processes import Processes
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """What stays the same from candidate to candidate.
+
+    Attributes:
+        p: the reference, as it was loaded.
+        settings: options that all pairs share, with the numbers of strings and tokens that came of them.
+        both: whether the other direction is measured too.
+        material: what all candidates are scored on.
+        prompts: as they were given.
+        wide: ``p`` in fp32, for the floor ``dtype``.
+        out: run folder, or None.
+        resume: whether folders of candidates may be there.
+        processes: that share the work.
+        observe: called after every batch, in the first process.
+    """
+
+    p: LanguageModel
+    settings: Settings
+    both: bool
+    material: Material
+    prompts: Prompts | None
+    wide: LanguageModel | None
+    out: Path | None
+    resume: bool
+    processes: Processes
+    observe: Observer | None
 
 
 def compare_models(
@@ -58,20 +91,20 @@ def compare_models(
     prompts: Prompts | None = None,
     documents: Sequence[str] | None = None,
     wide: LanguageModel | None = None,
-    sizes: Sequence[dict[str, Any]] | None = None,
+    reference: Path | None = None,
     out: Path | None = None,
     resume: bool = False,
-    processes: Processes | None = None,
+    processes: Processes = ALONE,
     announce: Callable[[str], None] | None = None,
     observe: Observer | None = None,
 ) -> Ranking:
     """Score every candidate on one set of strings of ``p``, or on one text, and rank them.
 
-    At any time ``p`` and one candidate are in memory, and one batch of what ``p`` says.
+    At any time ``p`` and one candidate are in memory, and with a folder one batch of what ``p`` says.
 
     Args:
         wide: ``p`` in fp32, for the floor ``dtype``.
-        sizes: of each candidate's weights, for the tables.
+        reference: folder of what ``p`` says; by default one in ``out``, or memory without that.
         out: run folder; None keeps nothing on disk.
         resume: continue the run in ``out``, which may get further candidates that way.
         processes: that share the work.
@@ -82,142 +115,171 @@ def compare_models(
         ValueError: options, prompts or models that cannot be used.
         VocabularyMismatch: a candidate does not choose from the tokens of ``p``.
     """
-    processes = processes or Processes()
+    observe = observe if processes.first else None
     common = settings.common
-    if isinstance(p, RecordedModel):
-        alone: LanguageModel = p
-        material = recorded_material(p, settings)
-    else:
+
+    def ready() -> tuple[LanguageModel, Material]:
+        if isinstance(p, RecordedModel):
+            return p, recorded_material(p, settings)
         alone = prepare(p, p, common, prompts).p
-        material = gather_material(alone, settings, prompts, documents)
-    folder = start_folder(out, settings, material.env, resume, processes)
+        return alone, gather_material(alone, settings, prompts, documents)
+
+    alone, material = processes.everywhere(ready)
+    require_alike(material.env, processes)
+    folder = None
+    if out is not None:
+        folder = processes.by_first(lambda: RunFolder.create(out, settings.to_dict(), material.env, resume=resume))
+        reference = reference or out / "reference"
     if not isinstance(p, RecordedModel):
-        if out is not None:
-            material = on_disk(material, out / "reference", processes)
-            text = room(material, alone, out / "reference")
-            if announce is not None and processes.first:
+        if reference is not None:
+            material = on_disk(material, reference, processes)
+            text = processes.by_first(lambda: room(material, alone, reference))
+            if announce is not None and processes.first and text:
                 announce(text)
         fill(material, processes, observe)
-        if processes.first:
-            publish_material(material, alone)
+        processes.by_first(lambda: publish_material(material, alone))
     if material.plan is not None:
         common = replace(common, samples=material.plan.samples, max_tokens=material.plan.max_tokens)
-    entries = []
-    for i, candidate in enumerate(candidates):
-        own = replace(common, q=settings.pair(i).q)
-        with candidate.open() as model:
-            entry = one_candidate(
-                p, model, candidate.name, own, material, prompts, wide, folder_of(out, candidate.name), resume,
-                processes, observe, both=settings.both,
-            )  # fmt: skip
-        entries.append(replace(entry, size={} if sizes is None else sizes[i]))
+    contest = Contest(p, common, settings.both, material, prompts, wide, out, resume, processes, observe)
+    entries = [one_candidate(contest, candidate, settings.pair(i).q) for i, candidate in enumerate(candidates)]
     ranking = rank_entries(entries, settings, material.env, material.notes)
-    if folder is not None and processes.first:
-        folder.clear()
-        write_ranking(folder.path, ranking.to_dict(), {e.name: folder_of(out, e.name) for e in entries})
+    if folder is not None:
+        processes.by_first(lambda: write(folder, ranking))
     return ranking
 
 
-def one_candidate(
-    p: LanguageModel,
-    model: LanguageModel,
-    name: str,
+def write(folder: RunFolder, ranking: Ranking) -> None:
+    """Leave the ranking in the run folder."""
+    folder.clear()
+    write_ranking(folder.path, ranking.to_dict(), {e.name: folder_of(folder.path, e.name) for e in ranking.entries})
+
+
+def one_candidate(contest: Contest, candidate: Candidate, spec: str) -> Entry:
+    """Everything about one candidate, while it is open."""
+    settings, material, processes = replace(contest.settings, q=spec), contest.material, contest.processes
+    where = folder_of(contest.out, candidate.name)
+    with candidate.open() as model:
+
+        def ready() -> tuple[Pair, dict[str, Any], list[Tensor] | None]:
+            pair = prepare(contest.p, model, settings, contest.prompts)
+            env = {**environment(settings, pair), "contexts": material.env["contexts"]}
+            contexts_q = None
+            if material.plan is None:
+                require_readable(pair.q, material.windows)
+            else:
+                if material.contents is not None:
+                    contexts_q = contexts_of(pair.q, material.contents, material.plan.contexts_p)
+                require_room(pair.q, contexts_q or material.plan.contexts_p, material.plan.max_tokens)
+            return pair, env, contexts_q
+
+        pair, env, contexts_q = processes.everywhere(ready)
+        require_alike(env, processes)
+        folder = None
+        if where is not None:
+            folder = processes.by_first(lambda: pair_folder(where, settings, env, contest.resume))
+        whole = gathered(material, pair.p)
+        watch(
+            contest.observe,
+            f"{candidate.name} reads",
+            material.reference.count,
+            lambda done: score_candidate(
+                pair,
+                material.reference,
+                whole,
+                contexts_q,
+                features=material.features,
+                js=settings.token_js,
+                max_tokens=settings.context if material.plan is None else settings.max_tokens,
+                shown=0 if material.plan is None else SHOWN_STRINGS,
+                folder=folder,
+                processes=processes,
+                observe=done,
+            ),
+        )
+        entry = processes.by_first(lambda: assembled(contest, candidate, pair, settings, env, whole, folder))
+        if contest.both and material.plan is not None:
+            plan = replace(material.plan, contexts_q=contexts_q or material.plan.contexts_p)
+            reverse = other_direction(contest, candidate.name, pair, plan, settings, env, where)
+            entry = replace(entry, reverse=reverse)
+    return entry
+
+
+def gathered(material: Material, p: LanguageModel) -> Gathered:
+    """Where the batches of a candidate are summed up."""
+    if material.plan is None:
+        return Gathered(0, every=True, classes=token_classes(p), first=False)
+    return Gathered(material.plan.clusters, classes=token_classes(p), groups=material.plan.groups)
+
+
+def assembled(
+    contest: Contest,
+    candidate: Candidate,
+    pair: Pair,
     settings: Settings,
-    material: Material,
-    prompts: Prompts | None,
-    wide: LanguageModel | None,
-    where: Path | None,
-    resume: bool,
-    processes: Processes,
-    observe: Observer | None,
-    *,
-    both: bool,
+    env: dict[str, Any],
+    whole: Gathered,
+    folder: RunFolder | None,
 ) -> Entry:
-    """Everything about one candidate while it is open."""
-    pair = prepare(p, model, settings, prompts)
-    env = {**environment(settings, pair), "contexts": material.env["contexts"]}
-    folder = None
-    if where is not None:
-        folder = processes.by_first(lambda: pair_folder(where, settings, env, resume))
-    plan, windows, reference = material.plan, material.windows, material.reference
+    """The result of a candidate, written into its folder if it has one."""
+    material = contest.material
     notes = (*pair.notes, *material.notes)
-    contexts_q = None
-    if plan is not None:
-        if material.contents is not None:
-            contexts_q = contexts_of(pair.q, material.contents, plan.contexts_p)
-        require_room(pair.q, contexts_q or plan.contexts_p, plan.max_tokens)
-        whole = Gathered(plan.clusters)
-    else:
-        assert windows is not None
-        require_readable(pair.q, windows.x)
-        whole = Gathered(0, every=True)
-    watch(
-        observe,
-        f"{name} reads them",
-        reference.count,
-        lambda done: score_candidate(
-            pair,
-            reference,
-            whole,
-            contexts_q,
-            features=material.features,
-            max_tokens=settings.max_tokens if plan is not None else settings.context,
-            shown=SHOWN_STRINGS if plan is not None else 0,
-            folder=folder,
-            processes=processes,
-            observe=done,
-        ),
-    )
-    reverse = None
-    if plan is not None:
-        floor = None
-        if wide is not None:
-            floor = dtype_floor(prepare(wide, pair.q, settings, prompts).p, pair.p, whole.shown.statistics.x)
-        result = from_strings(whole, pair.p, pair.q, settings, plan, notes, env, floor)
-        per_token = next(e for e in result.estimates if e.estimand == "R")
-        if both:
-            reverse = other_direction(pair, plan, contexts_q, settings, env, notes, where, resume, observe, name)
-    else:
-        assert windows is not None
-        result = from_text(whole, pair.p, pair.q, settings, windows, pair.notes, env)
+    noise = whole.floor
+    if material.plan is None:
+        assert material.windows is not None
+        result = from_text(whole, pair.p, pair.q, settings, material.windows, pair.notes, env)
         per_token = result.headline
-    if folder is not None and processes.first:
+    else:
+        other: LanguageModel | None = None
+        if settings.floor == "noise":
+            other = with_rounding_noise(pair.p, seed=settings.seed)
+        elif contest.wide is not None:
+            other = prepare(contest.wide, pair.q, settings, contest.prompts).p
+        shown = whole.shown.statistics.x
+        few = shown.select(torch.arange(min(len(shown), FLOOR_STRINGS)))
+        floor = None if other is None else floor_of(other, pair.p, few)
+        noise = noise if floor is None else floor
+        result = from_strings(whole, pair.p, pair.q, settings, material.plan, notes, env, floor)
+        per_token = next(e for e in result.estimates if e.estimand == "R")
+    if folder is not None:
         keep(folder, result, pair.p, whole)
-    return Entry(name, result, per_token, {}, against_floor(whole), reverse)
+    return Entry(candidate.name, result, per_token, candidate.size(), against_floor(whole.strings, noise))
 
 
 def other_direction(
+    contest: Contest,
+    name: str,
     pair: Pair,
     plan: Plan,
-    contexts_q: list[torch.Tensor] | None,
     settings: Settings,
     env: dict[str, Any],
-    notes: tuple[str, ...],
     where: Path | None,
-    resume: bool,
-    observe: Observer | None,
-    name: str,
 ) -> Comparison:
     """``KL(q‖p)`` from strings of the candidate itself: other strings than those of ``p``, so no pairing across them."""
-    backwards = replace(settings, divergence="reverse_kl")
-    plan = replace(plan, contexts_q=contexts_q or plan.contexts_p).swapped()
-    folder = None if where is None else pair_folder(where / "from_q", backwards, env, resume)
+    backwards, processes = replace(settings, divergence="reverse_kl"), contest.processes
     began = time.monotonic()
 
     def seen(state: Any) -> None:
-        if observe is not None:
-            observe(Stage(f"{name} draws its own", state.strings, state.total, time.monotonic() - began))
+        if contest.observe is not None:
+            contest.observe(Stage(f"{name} draws its own", state.strings, state.total, time.monotonic() - began))
 
-    if folder is not None and (folder.path / RESULT).is_file():
-        whole = Gathered(plan.clusters)
-        for batch in folder.batches():
+    folder = None
+    if where is not None:
+        folder = processes.by_first(lambda: pair_folder(where / "from_q", backwards, env, contest.resume))
+    plan = plan.swapped()
+    if folder is not None and processes.by_first(lambda: (folder.path / RESULT).is_file()):
+        whole = Gathered(plan.clusters, classes=token_classes(pair.q), groups=plan.groups)
+        for batch in stored(folder, pair.q, processes):
             whole.add(batch)
     else:
-        whole = draw_strings(pair.swapped(), plan, backwards, folder, seen)
-    result = from_strings(whole, pair.q, pair.p, backwards, plan, notes, env)
-    if folder is not None:
-        keep(folder, result, pair.q, whole)
-    return result
+        whole = draw_strings(pair.swapped(), plan, backwards, folder, Share(processes, seen, None))
+
+    def result() -> Comparison:
+        found = from_strings(whole, pair.q, pair.p, backwards, plan, pair.notes, env)
+        if folder is not None:
+            keep(folder, found, pair.q, whole)
+        return found
+
+    return processes.by_first(result)
 
 
 def pair_folder(where: Path, settings: Settings, env: dict[str, Any], resume: bool) -> RunFolder:

@@ -1,30 +1,34 @@
-"""``klkit compare`` from settings: everything that can be checked is, then models are loaded one by one."""
+"""``klkit compare`` from settings: whatever can be checked is checked first, then models are loaded one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from klkit.api.candidates import Candidate
 from klkit.api.compare import compare_models
-from klkit.api.compare_settings import RECORDED, CompareSettings
+from klkit.api.compare_settings import CompareSettings
 from klkit.api.material import Observer
-from klkit.api.prepare import load_wide, resolved
+from klkit.api.prepare import absolute, resolved, with_defaults
 from klkit.api.prompts import read_documents, read_prompts
 from klkit.api.settings import Settings
+from klkit.api.strings import ALONE
 from klkit.caches.recorded import RecordedModel
 from klkit.models.base import LanguageModel, VocabularyMismatch
 from klkit.models.checkpoints import quiet, read_tokenizer
-from klkit.models.family import Family, transformed_alone
+from klkit.models.family import Family, load_one
 from klkit.models.sizes import weight_size
-from klkit.models.spec import ModelSpec, candidate_spec, locate, spec_with
+from klkit.models.spec import ModelSpec, load, locate
+from klkit.models.tokenization import token_strings
 from klkit.ranking import Ranking
-from klkit.train.processes import open_processes
+from klkit.train.processes import Processes
 
-SHOWN_IDS = 3
+CACHE = "cache:"
+DRAWING = ("prompts", "group_column", "text", "context", "samples", "max_tokens", "temperature", "seed")
+"""Options of drawing strings: those of a recorded reference were drawn."""
 
 
 def run_compare(
@@ -32,6 +36,7 @@ def run_compare(
     *,
     out: Path | None = None,
     resume: bool = False,
+    processes: Processes = ALONE,
     announce: Callable[[str], None] | None = None,
     observe: Observer | None = None,
 ) -> Ranking:
@@ -40,16 +45,147 @@ def run_compare(
     Args:
         out: run folder; None keeps nothing.
         resume: continue the run in ``out``; candidates that it does not have yet join it.
+        processes: that share the work; each calls this function.
         announce: told how much room the run takes.
-        observe: called after every batch.
+        observe: called after every batch, in the first process.
 
     Raises:
         ValueError: options, files or models that cannot be used, each with what to do instead.
         OSError: a file or checkpoint that is not there.
     """
+    settings = processes.everywhere(lambda: settings_resolved(settings))
+    common = settings.common
+
+    def loaded() -> dict[str, Any]:
+        prompts = None
+        if common.prompts is not None:
+            prompts = read_prompts(common.prompts, common.column, common.group_column)
+        column = "text" if common.column == "prompt" else common.column
+        documents = read_documents(common.text, column) if common.text else None
+        specs = [spec_of(common, settings.pair(i).q, processes) for i in range(len(settings.candidates))]
+        if common.p.startswith(CACHE):
+            require_nothing_drawn(settings)
+            p: LanguageModel = RecordedModel.open(common.p.removeprefix(CACHE))
+            candidates = [alone(spec, name) for spec, name in zip(specs, settings.candidates, strict=True)]
+            return {"p": p, "candidates": candidates}
+        mine = spec_of(common, common.p, processes)
+        require_one_tokenizer(mine, specs, settings)
+        family = Family(mine, common.p)
+        candidates = [member(family, spec, name) for spec, name in zip(specs, settings.candidates, strict=True)]
+        wide = load(with_defaults(common, common.p, processes), dtype="float32") if common.floor == "dtype" else None
+        found = {"prompts": prompts, "documents": documents, "wide": wide}
+        return {"p": family.p, "candidates": candidates, **found}
+
+    found = processes.everywhere(loaded)
+    p, candidates = found.pop("p"), found.pop("candidates")
+    return compare_models(
+        p, candidates, settings, **found, out=out, resume=resume, processes=processes, announce=announce,
+        observe=observe,
+    )  # fmt: skip
+
+
+def settings_resolved(settings: CompareSettings) -> CompareSettings:
+    """The settings with paths absolute and automatic choices made, so that they repeat the run anywhere."""
+    recorded = settings.common.p.startswith(CACHE)
     common = resolved(settings.common)
-    settings = replace(settings, common=common)
-    prompts = read_prompts(common.prompts, common.column) if common.prompts is not None else None
-    column = "text" if common.column == "prompt" else common.column
-    documents = read_documents(common.text, column) if common.text else None
-    defaults = defaults_of(common)
+    if recorded:
+        common = replace(common, p=CACHE + str(Path(common.p.removeprefix(CACHE)).expanduser().resolve()))
+    candidates = tuple(absolute(name) for name in settings.candidates)
+    return replace(settings, common=replace(common, q=candidates[0]), candidates=candidates)
+
+
+def spec_of(settings: Settings, text: str, processes: Processes) -> ModelSpec:
+    """A specification, read, with the run's precision and device where it says nothing."""
+    if text.startswith(CACHE):
+        raise ValueError(
+            f"expected a model for every candidate, got {text!r}: what a model said about its own strings says nothing "
+            f"about those of p; a cache can stand for p alone"
+        )
+    return ModelSpec.parse(with_defaults(settings, text, processes))
+
+
+def member(family: Family, spec: ModelSpec, name: str) -> Candidate:
+    """A candidate that shares with ``p`` what it can."""
+    opened: list[LanguageModel] = []
+
+    @contextmanager
+    def open_it() -> Iterator[LanguageModel]:
+        with family.candidate(spec, name) as model:
+            opened.append(model)
+            try:
+                yield model
+            finally:
+                opened.clear()
+
+    return Candidate(name, open_it, lambda: size_of(opened[0], spec))
+
+
+def alone(spec: ModelSpec, name: str) -> Candidate:
+    """A candidate where there is no ``p`` to share anything with."""
+    opened: list[LanguageModel] = []
+
+    @contextmanager
+    def open_it() -> Iterator[LanguageModel]:
+        opened.append(load_one(spec, name))
+        try:
+            yield opened[0]
+        finally:
+            opened.clear()
+
+    return Candidate(name, open_it, lambda: size_of(opened[0], spec))
+
+
+def size_of(model: LanguageModel, spec: ModelSpec) -> dict[str, Any]:
+    """What its weights take, as tables have it."""
+    size = weight_size(model, spec)
+    return {} if size is None else asdict(size)
+
+
+def require_nothing_drawn(settings: CompareSettings) -> None:
+    """Refuse options that a recorded reference has settled.
+
+    Raises:
+        ValueError: one was given.
+    """
+    default = {f.name: f.default for f in fields(Settings)}
+    given = [name for name in DRAWING if getattr(settings.common, name) != default[name]]
+    given += ["both"] if settings.both else []
+    given += ["floor"] if settings.common.floor in ("dtype", "noise") else []
+    if given:
+        raise ValueError(
+            f"expected only options that have an effect, got {', '.join(given)}, but the strings of "
+            f"{settings.common.p} are drawn, and its model is not there to be asked again; leave them out, or name the "
+            f"model itself"
+        )
+
+
+def require_one_tokenizer(p: ModelSpec, candidates: Sequence[ModelSpec], settings: CompareSettings) -> None:
+    """Refuse candidates whose tokens are others than those of ``p``, before anything is loaded or drawn.
+
+    Raises:
+        VocabularyMismatch: an id stands for different strings.
+        FileNotFoundError: a folder is not there.
+    """
+    with quiet():
+        ours, seen = words_of(p), {p.path}
+        for spec, name in zip(candidates, settings.candidates, strict=True):
+            locate(spec.path)
+            if spec.path in seen and spec.tokenizer is None:
+                continue
+            seen.add(spec.path)
+            theirs = words_of(spec)
+            pairs = enumerate(zip(ours, theirs, strict=False))
+            wrong = [(i, a, b) for i, (a, b) in pairs if a is not None and b is not None and a != b]
+            if wrong:
+                i, a, b = wrong[0]
+                raise VocabularyMismatch(
+                    f"expected candidates over the tokens of p, got {name} with other strings for {len(wrong)} ids: id "
+                    f"{i} is {a!r} in {settings.common.p} and {b!r} there; a divergence between token choices needs one "
+                    f"tokenizer. Leave it out, or compare texts: klkit estimate with --bytes"
+                )
+
+
+def words_of(spec: ModelSpec) -> tuple[str | None, ...]:
+    """The string of each token id that a tokenizer defines."""
+    tokenizer = read_tokenizer(spec)
+    return token_strings(tokenizer, max(tokenizer.get_vocab().values(), default=-1) + 1)

@@ -13,10 +13,20 @@ import torch
 from jaxtyping import Float
 
 from klkit.api.compare_settings import CompareSettings
+from klkit.api.plan import Plan
 from klkit.api.prepare import Pair, contexts_digest, document_ids, environment, make_plan
-from klkit.api.reference import PLAN, FolderStore, MemoryStore, Reference, given_batch, sampled_batch
+from klkit.api.reference import (
+    PLAN,
+    FolderStore,
+    MemoryStore,
+    Reference,
+    ReferenceBatch,
+    given_batch,
+    sampled_batch,
+)
+from klkit.api.rounds import in_rounds
 from klkit.api.run import TOKEN_FEATURES, shortest
-from klkit.api.strings import Plan, resolve_batch_size
+from klkit.api.strings import resolve_batch_size
 from klkit.api.text import Windows, cut
 from klkit.caches.recorded import RecordedModel, publish
 from klkit.caches.shards import CacheError, Part
@@ -24,7 +34,6 @@ from klkit.caches.sizes import CacheSize, readable, require_room
 from klkit.caches.source import ids_digest
 from klkit.estimators.variates import token_features
 from klkit.models.base import LanguageModel, head_of
-from klkit.report.record import RunFolder
 from klkit.sequences import Prompts, Sequences
 from klkit.train.processes import Processes
 
@@ -176,17 +185,27 @@ def recorded_material(p: RecordedModel, settings: CompareSettings) -> Material:
 
 
 def fill(material: Material, processes: Processes, observe: Observer | None) -> None:
-    """Make all batches that are not there, each in one of the processes."""
+    """Make all batches that are not there, each in one of the processes; afterwards each finds all of them.
+
+    On disk they are shared; in memory each process is given those of the others.
+    """
     reference = material.reference
     name = "p reads the text" if material.plan is None else "p draws its strings"
+    missing = processes.by_first(lambda: [i for i in range(len(reference)) if not reference.store.has(i)])
+    shared = isinstance(reference.store, FolderStore)
+
+    def make(index: int) -> ReferenceBatch | None:
+        batch = reference.make(index)
+        if not shared:
+            return batch
+        reference.store.put(index, batch)
+        return None
 
     def work(done: Callable[[int], None]) -> None:
-        for first in range(0, len(reference), processes.count):
-            mine = first + processes.rank
-            if mine < len(reference):
-                reference.fill(mine)
-            done(min(reference.count, (first + processes.count) * reference.size))
-        processes.gather(None)  # whoever reads next finds every batch
+        for index, batch in zip(missing, in_rounds(missing, make, processes), strict=True):
+            if batch is not None:
+                reference.store.put(index, batch)
+            done(min(reference.count, (index + 1) * reference.size))
 
     watch(observe, name, reference.count, work)
 
@@ -240,14 +259,3 @@ def watch(observe: Observer | None, name: str, total: int, work: Callable[[Calla
             observe(Stage(name, strings, total, time.monotonic() - began))
 
     work(done)
-
-
-def start_folder(
-    out: Path | None, settings: CompareSettings, env: dict[str, Any], resume: bool, processes: Processes
-) -> RunFolder | None:
-    """The run folder, if one is wanted, in every process."""
-
-    def create() -> RunFolder | None:
-        return None if out is None else RunFolder.create(out, settings.to_dict(), env, resume=resume)
-
-    return processes.by_first(create)

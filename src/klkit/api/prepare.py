@@ -60,8 +60,8 @@ def resolved(settings: Settings) -> Settings:
             )
     return replace(
         settings,
-        p=_absolute(settings.p),
-        q=_absolute(settings.q),
+        p=absolute(settings.p),
+        q=absolute(settings.q),
         prompts=None if settings.prompts is None else _absolute_file(settings.prompts),
         text=None if settings.text is None else _absolute_file(settings.text),
         device=device_of(settings),
@@ -80,7 +80,8 @@ def _absolute_file(source: str) -> str:
     return source if source.startswith("klkit:") else str(resolve(source).resolve())
 
 
-def _absolute(spec: str) -> str:
+def absolute(spec: str) -> str:
+    """A specification with its folder absolute, if it names one."""
     head, comma, options = spec.partition(",")
     folder = Path(head).expanduser()
     return f"{folder.resolve()}{comma}{options}" if folder.is_dir() else spec

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
+from torch import Tensor
 
 from klkit.api.compare_settings import CompareSettings
-from klkit.api.gather import Gathered
+from klkit.estimators.strings import StringStatistics
 from klkit.ranking import Entry, Ranking
 from klkit.results import ESTIMANDS
 from klkit.stats.intervals import MINIMUM_CLUSTERS, cluster_totals, ratio_interval
@@ -71,26 +73,25 @@ def say(ranking: Ranking) -> str:
     return f"{entry.name} is not resolved from {names}: it is at {value}; of {among} ({tests})."
 
 
-def against_floor(whole: Gathered) -> dict[str, Any]:
+def against_floor(strings: StringStatistics, floor: Float[Tensor, " k"]) -> dict[str, Any]:
     """Whether a candidate differs from ``p`` by more than ``p`` does from itself, on the same strings, nats.
 
     The floor is what two passes of ``p`` differ by, string by string, so the comparison is paired.
 
-    Example:
-        >>> from klkit.api.gather import Gathered
-        >>> sorted(against_floor.__annotations__)
-        ['return', 'whole']
+    Args:
+        strings: of the candidate, the first ones those that the floor was measured on.
+        floor: ``KL(p‖p)`` of these, nats.
     """
-    strings, floor = whole.strings, whole.floor.double().numpy()
-    n = len(floor)
+    noise = floor.double().numpy()
+    n = len(noise)
     nothing = {"verdict": "not measured", "difference": float("nan"), "lower": float("nan"), "upper": float("nan")}
     if not n:
         return {**nothing, "n": 0, "method": "none"}
     kl, cluster = strings.kl.numpy()[:n], strings.cluster.numpy()[:n]
-    totals, weights = cluster_totals(kl - floor, np.ones(n), cluster)
+    totals, weights = cluster_totals(kl - noise, np.ones(n), cluster)
     interval = ratio_interval(totals, weights, level=LEVEL)
     if len(totals) < MINIMUM_CLUSTERS:
-        above = float(kl.mean()) > NOISE * float(floor.mean())
+        above = float(kl.mean()) > NOISE * float(noise.mean())
     else:
         above = interval.lower > 0
     return {

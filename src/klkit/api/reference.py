@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from klkit.api.strings import Plan, batch_floor
+from klkit.api.batches import batch_floor
+from klkit.api.plan import Plan
 from klkit.caches.manifest import SHARDS
 from klkit.caches.recording import Coverage
 from klkit.caches.shards import Part, read_shard, strings_of, write_shard
@@ -133,25 +134,22 @@ class Reference:
     Attributes:
         count: strings in all.
         size: strings a batch.
-        make: draws or reads the batch that begins with a string, of so many strings.
+        draw: draws or reads the batch that begins with a string, of so many strings.
         store: where batches are kept.
     """
 
     count: int
     size: int
-    make: Callable[[int, int], ReferenceBatch]
+    draw: Callable[[int, int], ReferenceBatch]
     store: MemoryStore | FolderStore
 
     def __len__(self) -> int:
         return -(-self.count // self.size)
 
-    def fill(self, index: int) -> bool:
-        """Make batch ``index`` unless it is there; whether it was made."""
-        if self.store.has(index):
-            return False
+    def make(self, index: int) -> ReferenceBatch:
+        """Draw or read batch ``index`` anew."""
         start = index * self.size
-        self.store.put(index, self.make(start, min(self.size, self.count - start)))
-        return True
+        return self.draw(start, min(self.size, self.count - start))
 
     def __iter__(self) -> Iterator[ReferenceBatch]:
         return (self.store.get(index) for index in range(len(self)))
@@ -163,17 +161,9 @@ def sampled_batch(p: LanguageModel, plan: Plan, start: int, size: int, *, floor:
     In half precision the trunk vectors are those of a teacher-forced pass, in the batch shapes in which candidates are
     scored; otherwise those of the sampling pass, which are the same up to rounding and cost nothing.
     """
-    names = plan.slice(start, start + size)
-    prompts = [prompt for prompt, _ in names]
-    draw = sample(
-        p,
-        [plan.contexts_p[i] for i in prompts],
-        max_tokens=plan.max_tokens,
-        seed=plan.seed,
-        prompt=prompts,
-        replicate=[replicate for _, replicate in names],
-        cluster=prompts if len(plan.contexts_p) > 1 else list(range(start, start + len(names))),
-    )
+    names = plan.names(start, start + size)
+    contexts = [plan.contexts_p[i] for i in names["prompt"]]
+    draw = sample(p, contexts, max_tokens=plan.max_tokens, seed=plan.seed, **names)
     x = draw.sequences
     checked = torch.arange(max(0, min(len(x), FLOOR_STRINGS - start)) if floor else 0)
     again = p.dtype not in (torch.float32, torch.float64)

@@ -14,6 +14,7 @@ from klkit.cli import options as shared
 from klkit.cli.options import HOW, WHAT, WHERE, with_batch_size
 
 if TYPE_CHECKING:
+    from klkit.api.compare_settings import CompareSettings
     from klkit.api.material import Stage
     from klkit.ranking import Ranking
 
@@ -90,7 +91,7 @@ def compare_command(
     if resume and out is None:
         raise ValueError("expected the folder of the run to continue, got --resume alone; add --out FOLDER")
     settings = CompareSettings.from_mapping(with_batch_size(options))
-    folder = out if out is not None else default_folder(settings.common.p, "compare")
+    folder = out if out is not None else default_folder(settings.common.p, f"and-{len(settings.candidates)}")
     ranking = carry_out(settings, folder, resume)
     if json != "-":
         from klkit.cli.show_ranking import show_ranking
@@ -103,9 +104,13 @@ def compare_command(
         sys.exit(AUDIT_FAILED)
 
 
-def carry_out(settings: object, folder: Path, resume: bool) -> Ranking:
+def carry_out(settings: CompareSettings, folder: Path, resume: bool) -> Ranking:
     """Run the settings with progress; an interruption says how to go on."""
     from klkit.cli.progress import Line, clock
+
+    from klkit.api.compare_run import run_compare
+    from klkit.api.prepare import device_of
+    from klkit.train.processes import open_processes
 
     line = Line()
 
@@ -119,9 +124,13 @@ def carry_out(settings: object, folder: Path, resume: bool) -> Ranking:
         print(text, file=sys.stderr)
 
     try:
-        from klkit.api.compare_run import run_compare
-
-        return run_compare(settings, out=folder, resume=resume, announce=announce, observe=observe)  # type: ignore[arg-type]
+        with open_processes(device_of(settings.common)) as processes:
+            found = run_compare(
+                settings, out=folder, resume=resume, processes=processes, announce=announce, observe=observe
+            )
+            if not processes.first:
+                sys.exit(0)  # the first one prints
+            return found
     except KeyboardInterrupt:
         line.close()
         if (folder / "config.yaml").is_file():
