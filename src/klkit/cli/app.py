@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from klkit.cli import cache, distill, estimate, explain, reproduce, train, zoo
+from klkit.cli import cache, distill, estimate, explain, llamacpp, reproduce, train, zoo
 
 app = typer.Typer(
     name="klkit",
@@ -21,6 +21,7 @@ MEASURE, LOOK, MAKE = "Measure", "Look", "Make"
 app.command("estimate", rich_help_panel=MEASURE, epilog=estimate.EXAMPLES)(estimate.estimate_command)
 app.command("run", rich_help_panel=MEASURE)(estimate.run_command)
 app.command("demo", rich_help_panel=MEASURE)(estimate.demo_command)
+app.command("import-llamacpp", rich_help_panel=MEASURE, epilog=llamacpp.EXAMPLES)(llamacpp.import_llamacpp_command)
 app.command("explain", rich_help_panel=LOOK, epilog=explain.EXAMPLES)(explain.explain_command)
 app.command("report", rich_help_panel=LOOK)(zoo.report_command)
 app.command("models", rich_help_panel=LOOK)(zoo.models_command)
