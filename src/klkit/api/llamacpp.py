@@ -201,7 +201,7 @@ def with_file(
     kld, plain = theirs.in_unit(theirs.value), theirs.in_unit(plain_error(laws.llamacpp))
     perplexities = {name: perplexity(values) for name, values in (("p", laws.log_stored), ("q", laws.rows.logq))}
     precision = precision_of(laws)
-    start = "".join(p.pieces(file.tokens[0, : SHOWN + 1].tolist()))[:SHOWN]
+    start = "".join(p.pieces(file.tokens.reshape(-1)[: SHOWN + 1].tolist()))[:SHOWN]
     unit = theirs.unit
     lines = {
         **result.lines,

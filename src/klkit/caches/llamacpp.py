@@ -203,14 +203,14 @@ class LlamaCppFile:
             what = f", among them {added[0]!r} beyond those of the file" if added else ""
             raise VocabularyMismatch(
                 f"expected a model over the {self.size} ids of {self.path.name}, got {name} with "
-                f"{vocabulary.size}{what}; score the model that the file's GGUF was made from, or one with its tokenizer"
+                f"{vocabulary.size}{what}; score the model that its GGUF was made from, or one of that tokenizer"
             )
         used = torch.unique(self.tokens).tolist()
         unknown = [i for i in used if vocabulary.tokens[i] is None]
         if unknown:
             raise VocabularyMismatch(
                 f"expected text in tokens of {name}, got {len(unknown)} ids in {self.path.name} that its tokenizer "
-                f"does not define, such as {unknown[0]}; score a model with the tokenizer of the one that wrote the file"
+                f"does not define, such as {unknown[0]}; score a model with the tokenizer of the model in the file"
             )
 
 
@@ -267,7 +267,7 @@ def write_llamacpp(
 
     Args:
         windows: ids of the text, ``(w, n)``, in windows that do not overlap.
-        first: see :func:`strings_of`; the file keeps the ids of the text.
+        first: see :func:`strings_of`; the file keeps the ids of the text, which begin with it in llama.cpp's files.
         batch_size: windows the model reads at a time.
 
     Raises:

@@ -3,7 +3,8 @@
 What a file says of a law leaves two things open, and both are kept apart from the number. The tokens at the floor have
 a mass together, which is what the others leave, but no shares: they are one bucket, in ``p`` and in ``q``, and merging
 tokens never raises a divergence. And every stored value is rounded, so that the bucket's mass is known to an interval
-only: of this interval the value nearest to ``q``'s mass is taken, which can only lower the divergence.
+only: of this interval the value nearest to ``q``'s mass is taken, the safe side of a lower bound. What rounding can add
+all the same is bounded decision by decision.
 """
 
 from __future__ import annotations
@@ -104,15 +105,15 @@ def score_laws(
         [0.1733, 0.25, 0.3466]
     """
     size, floored = laws.logp.shape[1], laws.floored
-    count = floored.sum(1)
-    kept = laws.logp.double().masked_fill(floored, -torch.inf)
-    log_mass = kept.logsumexp(1)
+    count, stored = floored.sum(1), laws.logp.exp()
+    kept = stored.masked_fill(floored, 0.0)
+    log_mass = kept.sum(1, dtype=torch.float64).log()
     error = laws.step.double() / 2 + SINGLE
     most = count * (laws.lowest.double() + error).exp()
     least_left, most_left = -torch.expm1(log_mass + error), -torch.expm1(log_mass - error)
     _require_mass(least_left, most_left, most)
 
-    # The masses in common: what rounding leaves open is settled in favour of q.
+    # What rounding leaves open of the bucket's mass is settled in favour of q.
     inside = torch.nn.functional.pad(floored, (0, logq.shape[1] - size))
     log_bucket_q = logq.masked_fill(~inside, -torch.inf).logsumexp(1).double()
     least_left, most_left = least_left.clamp(min=0.0).minimum(most), most_left.clamp(min=0.0).minimum(most)
@@ -121,8 +122,8 @@ def score_laws(
     dtype = wide_dtype(logq)
     place = _representative(floored, ends)
     some = (count > 0)[:, None]
-    kept = kept - log_mass[:, None]
-    p = (kept + torch.log1p(-bucket)[:, None]).to(dtype)
+    shift = (torch.log1p(-bucket) - log_mass).to(dtype)[:, None]
+    p = (laws.logp + shift).masked_fill(floored, -torch.inf)
     p = p.scatter(1, place, bucket.log().to(dtype)[:, None].where(some, p.gather(1, place)))
     p = torch.nn.functional.pad(p, (0, logq.shape[1] - size), value=-torch.inf)
     q = logq.masked_fill(inside, -torch.inf)
@@ -138,14 +139,15 @@ def score_laws(
         logq=logq.gather(1, drawn)[:, 0],
         top_p=laws.logp.argmax(1),
         top_q=logq.argmax(1),
-        entropy_p=_entropy(kept, missing).to(dtype),
+        entropy_p=_entropy(kept, laws.logp, log_mass, missing).to(dtype),
         entropy_q=torch.special.entr(logq.exp()).sum(1),
         end_q=logq[:, sorted(set(ends))].exp().sum(1),
     )
+    # Rounded masses move the mean of the log-ratio by its spread at most, and the bucket's settled mass by 2 error kl.
     spread = rows.variance_ratio.double().sqrt()
     return ScoredLaws(
         rows=rows,
-        llamacpp=_as_llamacpp(laws.logp, logq[:, :size]),
+        llamacpp=_as_llamacpp(stored, laws.logp, logq[:, :size]),
         log_stored=laws.logp.gather(1, drawn)[:, 0].double(),
         bucket=missing,
         floored=count.double(),
@@ -169,10 +171,12 @@ def _require_mass(least_left: Tensor, most_left: Tensor, most: Tensor) -> None:
         )
 
 
-def _entropy(kept: Float[Tensor, "m v"], bucket: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
-    """Entropy of a bucket and normalised laws of all else, in nats; ``q`` has no say in it."""
-    entr = torch.special.entr
-    return (1 - bucket) * entr(kept.exp()).sum(1) + entr(bucket) + entr(1 - bucket)
+def _entropy(
+    kept: Float[Tensor, "m v"], logp: Float[Tensor, "m v"], log_mass: Float[Tensor, " m"], bucket: Float[Tensor, " m"]
+) -> Float[Tensor, " m"]:
+    """Entropy of a bucket and of all else in proportion to ``kept``, in nats; ``q`` has no say in it."""
+    inside = log_mass - (kept * logp).sum(1, dtype=torch.float64) / log_mass.exp()
+    return (1 - bucket) * inside + torch.special.entr(bucket) + torch.special.entr(1 - bucket)
 
 
 def _representative(floored: Bool[Tensor, "m v"], ends: tuple[int, ...]) -> Int[Tensor, "m 1"]:
@@ -184,7 +188,9 @@ def _representative(floored: Bool[Tensor, "m v"], ends: tuple[int, ...]) -> Int[
     return rank.argmax(1, keepdim=True)
 
 
-def _as_llamacpp(stored: Float[Tensor, "m v"], logq: Float[Tensor, "m v"]) -> Float[Tensor, " m"]:
+def _as_llamacpp(
+    stored: Float[Tensor, "m v"], logp: Float[Tensor, "m v"], logq: Float[Tensor, "m v"]
+) -> Float[Tensor, " m"]:
     """``Σ p̃ (log p̃ − log q)`` over the stored values above −16 nats, terms in single precision."""
-    terms = stored.exp() * (stored - logq)
-    return torch.where(stored > SKIPPED, terms, 0.0).sum(1, dtype=torch.float64)
+    terms: Tensor = torch.where(logp > SKIPPED, stored * (logp - logq), 0.0)
+    return terms.sum(1, dtype=torch.float64)

