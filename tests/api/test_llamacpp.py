@@ -8,8 +8,9 @@ import torch
 from tests.llamacpp import by_hand
 from tests.tiny import TEXT, folder, tokenizer
 
-from klkit.api.llamacpp import first_token, measure_llamacpp, score_against
-from klkit.caches.llamacpp import LlamaCppFile, strings_of, write_llamacpp
+from klkit.api.llamacpp import measure_llamacpp, score_against
+from klkit.caches.llamacpp import LlamaCppFile, first_token, strings_of
+from klkit.caches.llamacpp_write import write_llamacpp
 from klkit.caches.shards import CacheError
 from klkit.estimators.statistics import score
 from klkit.models.automaton import coin
@@ -109,15 +110,15 @@ def test_a_token_that_begins_texts_is_read_in_every_window_if_the_file_begins_wi
     p, q = pair
     begin = tokenizer().bos_token_id
     text = torch.cat([torch.tensor([begin]), windows.reshape(-1)[:-1]]).view_as(windows)
-    path = written(tmp_path, p, text, first=begin)
-    assert first_token(LlamaCppFile.open(path), temperature(q, 2.0)) == begin
+    path = written(tmp_path, p, text)
+    assert first_token(LlamaCppFile.open(path).tokens, temperature(q, 2.0)) == begin
     assert measure_llamacpp(path, p).headline.value < 1e-8
     assert any("in place of its first token" in note for note in measure_llamacpp(path, p).notes)
     assert measure_llamacpp(path, p, first=None).headline.value > 1e-3
     assert measure_llamacpp(path, p, first=begin).settings["first"] == begin
     plain = written(tmp_path, p, windows)
-    assert first_token(LlamaCppFile.open(plain), q) is None
-    assert first_token(LlamaCppFile.open(plain), coin(end=0.5)) is None
+    assert first_token(LlamaCppFile.open(plain).tokens, q) is None
+    assert first_token(LlamaCppFile.open(path).tokens, coin(end=0.5)) is None
     assert any("as it is stored" in note for note in measure_llamacpp(plain, p).notes)
 
 

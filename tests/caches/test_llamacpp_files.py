@@ -8,7 +8,8 @@ import pytest
 import torch
 from tests.llamacpp import by_hand, record
 
-from klkit.caches.llamacpp import LlamaCppFile, record_width, records_of, scored_tokens, write_llamacpp
+from klkit.caches.llamacpp import LlamaCppFile, record_width, scored_tokens
+from klkit.caches.llamacpp_write import records_of, write_llamacpp
 from klkit.caches.shards import CacheError
 from klkit.models.automaton import coin
 from klkit.models.base import Vocabulary, VocabularyMismatch

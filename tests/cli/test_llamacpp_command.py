@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from klkit.api.prompts import read_prompts
-from klkit.caches.llamacpp import write_llamacpp
+from klkit.caches.llamacpp_write import write_llamacpp
 from klkit.models.spec import load
 
 Q = "klkit:docs-int8"

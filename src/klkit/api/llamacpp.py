@@ -20,7 +20,7 @@ from klkit.api.run import shown_texts
 from klkit.api.settings import Settings
 from klkit.api.strings import batches_of, describe, no_details
 from klkit.api.text import Windows
-from klkit.caches.llamacpp import DEPTH, LlamaCppFile
+from klkit.caches.llamacpp import DEPTH, LlamaCppFile, first_token
 from klkit.caches.llamacpp_score import ScoredLaws, score_laws
 from klkit.divergences import backends
 from klkit.estimators.statistics import TokenStatistics
@@ -57,13 +57,14 @@ class StoredModel:
 
 
 def score_against(
-    file: LlamaCppFile, q: LanguageModel, *, batch_size: int = 8, first: int | None = None
+    file: LlamaCppFile, q: LanguageModel, *, batch_size: int = 8, first: int | str | None = "auto"
 ) -> Iterator[Scored]:
     """Read the windows of ``file`` with ``q``, and compare it with the stored laws at every scored position.
 
     Args:
         batch_size: windows that ``q`` reads at a time.
-        first: what is read in place of the first token of every window; see :func:`first_token`.
+        first: what is read in place of the first token of every window;
+            see :func:`klkit.caches.llamacpp.first_token`.
 
     Raises:
         ValueError: ``q`` cannot read windows this long.
@@ -72,7 +73,7 @@ def score_against(
 
     Example:
         >>> import tempfile
-        >>> from klkit.caches.llamacpp import write_llamacpp
+        >>> from klkit.caches.llamacpp_write import write_llamacpp
         >>> from klkit.models.automaton import coin
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_llamacpp(Path(folder) / "base", coin(end=0.5), torch.tensor([[1, 1, 1, 0]]))
@@ -87,7 +88,7 @@ def score_against(
             f"expected a model that reads the file's windows of {width} tokens, got {q.name}, which reads {q.window}; "
             f"write the file again with llama-perplexity -c {q.window}"
         )
-    strings = file.strings(first)
+    strings = file.strings(first_token(file.tokens, q, first))
     size, ends = CHUNKS_A_READ * rows_per_chunk(q.vocabulary.size), q.vocabulary.ends
     backend = backends.choose(strings.decisions * q.vocabulary.size, dtype=q.dtype)
     begin = 0
@@ -101,19 +102,6 @@ def score_against(
         laws_of_batch = ScoredLaws.cat(parts)
         rows = laws_of_batch.rows
         yield Scored(TokenStatistics(x=x, rows=rows, features=rows.kl.new_zeros(x.decisions, 0)), laws_of_batch)
-
-
-def first_token(file: LlamaCppFile, model: LanguageModel) -> int | None:
-    """What llama.cpp had its model read in place of the first token of every window, which the file does not say.
-
-    llama.cpp puts the token that begins texts before the whole text, and over the first token of every window, or
-    neither: so it did both if the file's first id is the one that ``model``'s tokenizer begins texts with.
-    """
-    inner: Any = model
-    while not hasattr(inner, "tokenizer") and hasattr(inner, "base"):
-        inner = inner.base
-    begin = getattr(getattr(inner, "tokenizer", None), "bos_token_id", None)
-    return begin if begin is not None and begin == int(file.tokens[0, 0]) else None
 
 
 def measure_llamacpp(
@@ -132,7 +120,7 @@ def measure_llamacpp(
         path: written by ``llama-perplexity --kl-divergence-base``.
         q: the model compared with it, or its specification.
         first: id that the models read in place of the first token of every window, None for the text as it is, or
-            ``"auto"`` for :func:`first_token`.
+            ``"auto"``; see :func:`klkit.caches.llamacpp.first_token`.
         unit: ``nats`` or ``bits``, for printing.
         batch_size: windows that ``q`` reads at a time; changes no result.
         out: a new run folder to write, with a report; None keeps nothing on disk.
@@ -145,7 +133,7 @@ def measure_llamacpp(
 
     Example:
         >>> import tempfile
-        >>> from klkit.caches.llamacpp import write_llamacpp
+        >>> from klkit.caches.llamacpp_write import write_llamacpp
         >>> from klkit.models.automaton import coin
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_llamacpp(Path(folder) / "base", coin(end=0.5), torch.ones(12, 5, dtype=torch.long))
@@ -155,10 +143,7 @@ def measure_llamacpp(
     """
     file = LlamaCppFile.open(path)
     model = load(q) if isinstance(q, str) else q
-    if first == "auto":
-        first = first_token(file, model)
-    elif isinstance(first, str) or (first is not None and not 0 <= first < file.size):
-        raise ValueError(f"expected 'auto', None or an id in 0..{file.size - 1} for first, got {first!r}; leave it out")
+    first = first_token(file.tokens, model, first)
     settings = Settings(p=str(file.path.resolve()), q=model.name, unit=unit, batch_size=batch_size)
     asked = {"llamacpp": settings.p, "q": settings.q, "first": first, "unit": unit, "batch_size": batch_size}
     env = provenance(file, model, settings)

@@ -1,4 +1,4 @@
-"""Files of base logits that ``llama-perplexity --kl-divergence-base`` writes: read, and written.
+"""Files of base logits that ``llama-perplexity --kl-divergence-base`` writes, and how they are read.
 
     8 bytes       ``_logits_``
     3 int32       tokens a window ``n``, size of the vocabulary ``v``, windows ``w``
@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from klkit.caches.shards import CacheError
-from klkit.files import write_atomically
-from klkit.models.base import LanguageModel, Vocabulary, VocabularyMismatch, read_logits
+from klkit.models.base import LanguageModel, Vocabulary, VocabularyMismatch
 from klkit.sequences import Sequences
 
 MAGIC = b"_logits_"
@@ -86,6 +85,7 @@ class LlamaCppFile:
 
         Example:
             >>> import tempfile
+            >>> from klkit.caches.llamacpp_write import write_llamacpp
             >>> from klkit.models.automaton import coin
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     write_llamacpp(Path(folder) / "base", coin(end=0.5), torch.tensor([[1, 1, 0, 1]]))
@@ -233,7 +233,7 @@ def strings_of(windows: Int[Tensor, "w n"], first: int | None = None) -> Sequenc
     """Windows as strings: those tokens that are scored behind those that are only read; all of one text.
 
     Args:
-        first: what the model reads in place of the first token of every window, if it begins texts with a token.
+        first: what the model reads in place of the first token of every window; see :func:`first_token`.
 
     Example:
         >>> x = strings_of(torch.tensor([[3, 4, 5, 6, 7]]), first=1)
@@ -255,79 +255,33 @@ def strings_of(windows: Int[Tensor, "w n"], first: int | None = None) -> Sequenc
     )
 
 
-def write_llamacpp(
-    path: str | Path,
-    model: LanguageModel,
-    windows: Int[Tensor, "w n"],
-    *,
-    first: int | None = None,
-    batch_size: int = 8,
-) -> None:
-    """Write the file that llama-perplexity would write for ``model``, whole or not at all.
+def first_token(windows: Int[Tensor, "w n"], model: LanguageModel, first: int | str | None = "auto") -> int | None:
+    """What is read in place of the first token of every window, of which a file says nothing; None for the text itself.
+
+    llama.cpp puts the token that begins texts before the whole text and over the first token of every window, or
+    does neither: so it did both if the text begins with the token that ``model``'s tokenizer begins texts with.
 
     Args:
-        windows: ids of the text, ``(w, n)``, in windows that do not overlap.
-        first: see :func:`strings_of`; the file keeps the ids of the text, which begin with it in llama.cpp's files.
-        batch_size: windows the model reads at a time.
+        windows: the text, as the file holds it.
+        first: ``"auto"`` for that rule, else the answer.
 
     Raises:
-        ValueError: no window, or windows too short or too long for the model, or ids outside of its vocabulary.
+        ValueError: no such id, or another word.
 
     Example:
-        >>> import tempfile
         >>> from klkit.models.automaton import coin
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder) / "base"
-        ...     write_llamacpp(path, coin(end=0.5), torch.tensor([[1, 1, 0, 1]]))
-        ...     path.stat().st_size
-        48
+        >>> text, model = torch.tensor([[1, 1, 0, 1]]), coin(end=0.5)  # a model without a tokenizer
+        >>> first_token(text, model), first_token(text, model, 1)
+        (None, 1)
     """
-    count, width = windows.shape
-    if count < 1 or width < 3:
-        raise ValueError(f"expected at least one window of at least 3 tokens, got {count} of {width}; give longer text")
-    if model.window is not None and width > model.window:
+    if first == "auto":
+        inner: Any = model
+        while not hasattr(inner, "tokenizer") and hasattr(inner, "base"):
+            inner = inner.base  # a transformation of a model
+        begin = getattr(getattr(inner, "tokenizer", None), "bos_token_id", None)
+        return begin if begin is not None and begin == int(windows[0, 0]) else None
+    if isinstance(first, str) or (first is not None and not 0 <= first < model.vocabulary.size):
         raise ValueError(
-            f"expected windows of at most {model.window} tokens, all that {model.name} reads, got {width}; cut the "
-            f"text into shorter windows"
+            f"expected 'auto', None or an id in 0..{model.vocabulary.size - 1} for first, got {first!r}; leave it out"
         )
-    size = model.vocabulary.size
-    if int(windows.min()) < 0 or int(windows.max()) >= size:
-        raise ValueError(
-            f"expected ids in 0..{size - 1}, those of {model.name}, got {int(windows.min())}..{int(windows.max())}; "
-            f"tokenize the text with its tokenizer"
-        )
-    x = strings_of(windows, first)
-
-    def write(beside: Path) -> None:
-        with beside.open("wb") as file:
-            file.write(HEADER.pack(MAGIC, width, size, count))
-            file.write(windows.numpy().astype("<i4").tobytes())
-            for part in torch.split(torch.arange(count), batch_size):
-                for logits in read_logits(model, model.encode(x.select(part))):
-                    file.write(records_of(logits).tobytes())
-
-    write_atomically(Path(path), write)
-
-
-def records_of(logits: Float[Tensor, "m v"]) -> NDArray[np.uint16]:
-    """Records of laws, ``(m, 2·ceil(v/2)+4)``, in the single precision that llama.cpp computes them in.
-
-    Raises:
-        ValueError: a logit is NaN or ``+inf``, or a row excludes every token.
-    """
-    z = logits.detach().float().cpu().numpy()
-    greatest = z.max(1, keepdims=True)
-    if not np.isfinite(greatest).all():
-        raise ValueError(
-            "expected logits that are finite or -inf, with one finite entry in each row, got NaN, +inf or an empty "
-            "row; load the model with dtype=float32"
-        )
-    least = np.maximum(z.min(1, keepdims=True), greatest - DEPTH)
-    total = np.exp(z - greatest).sum(1, keepdims=True, dtype=np.float64)
-    lowest = least - greatest - np.log(total).astype(np.float32)
-    step = (greatest - least) / CODES
-    inverse = np.divide(np.float32(1), step, out=np.zeros_like(step), where=step > 0)
-    found: NDArray[Any] = np.zeros((len(z), record_width(z.shape[1])), dtype="<u2")
-    found[:, :4] = np.concatenate([step, lowest], 1).astype("<f4").view("<u2")
-    found[:, 4 : 4 + z.shape[1]] = np.rint(inverse * (np.maximum(z, least) - least))
-    return found
+    return first

@@ -176,7 +176,8 @@ def _entropy(
 ) -> Float[Tensor, " m"]:
     """Entropy of a bucket and of all else in proportion to ``kept``, in nats; ``q`` has no say in it."""
     inside = log_mass - (kept * logp).sum(1, dtype=torch.float64) / log_mass.exp()
-    return (1 - bucket) * inside + torch.special.entr(bucket) + torch.special.entr(1 - bucket)
+    total: Tensor = (1 - bucket) * inside + torch.special.entr(bucket) + torch.special.entr(1 - bucket)
+    return total
 
 
 def _representative(floored: Bool[Tensor, "m v"], ends: tuple[int, ...]) -> Int[Tensor, "m 1"]:
