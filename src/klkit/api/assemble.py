@@ -22,7 +22,7 @@ from klkit.api.words import both_audits, lines, renamed, say
 from klkit.estimators import mixture, summarise
 from klkit.estimators.audit import audit
 from klkit.estimators.strings import StringStatistics
-from klkit.models.base import LanguageModel
+from klkit.models.base import LanguageModel, Named
 from klkit.results import Comparison, Estimate, jsonable
 from klkit.stats.intervals import cluster_totals
 from klkit.stats.sequential import final_lower_bound
@@ -146,17 +146,24 @@ def from_two_directions(
 
 def from_text(
     whole: Gathered,
-    p: LanguageModel,
-    q: LanguageModel,
+    p: Named,
+    q: Named,
     settings: Settings,
     windows: Windows,
     notes: Sequence[str],
     env: Mapping[str, Any],
+    *,
+    method: str = "exact",
+    direction: str = "KL(p‖q)",
 ) -> Comparison:
-    """Result of scoring a fixed text: estimand F, with the quantiles that users of llama.cpp know."""
-    headline = replace(
-        summarise("rb", whole.tally, estimand="F"), unit=settings.unit, method="exact", symbol=symbol_of(p)
-    )
+    """Result of scoring a fixed text: estimand F, with the quantiles that users of llama.cpp know.
+
+    Args:
+        method: how the divergence of each decision was had.
+        direction: what it is of the two laws, in words.
+    """
+    headline = summarise("rb", whole.tally, estimand="F", direction=direction)
+    headline = replace(headline, unit=settings.unit, method=method, symbol=symbol_of(p))
     result = put_together(
         headline,
         (headline,),
@@ -190,7 +197,7 @@ def put_together(
     env: Mapping[str, Any],
     notes: Sequence[str],
     sentence: str,
-    model: LanguageModel,
+    model: Named,
     roles: tuple[str, str] = ("p", "q"),
 ) -> Comparison:
     """The parts that all kinds of runs share.

@@ -17,7 +17,7 @@ from klkit.estimators.folds import deal
 from klkit.estimators.statistics import TokenStatistics
 from klkit.estimators.strings import StringStatistics
 from klkit.estimators.tally import Tally
-from klkit.models.base import LanguageModel
+from klkit.models.base import Named
 from klkit.models.token_classes import CLASSES
 from klkit.report.shards import Batch, Details, Shown
 
@@ -92,7 +92,7 @@ class Gathered:
         """The divergence of every decision, if it was kept, ``(m,)``."""
         return torch.cat(self._every or [torch.zeros(0)]).double().numpy()
 
-    def parts(self, model: LanguageModel) -> dict[str, Any]:
+    def parts(self, model: Named) -> dict[str, Any]:
         """Where the divergence sits, as the report shows it."""
         self._positions, self._facets = [PositionSums.cat(self._positions)], [FacetSums.cat(self._facets)]
         return breakdown(self.strings, self._positions[0], self._tokens[0], self._facets[0], model.pieces, self._groups)

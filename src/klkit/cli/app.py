@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from klkit.cli import cache, compare, distill, estimate, explain, floor, reproduce, train, zoo
+from klkit.cli import cache, compare, distill, estimate, explain, floor, llamacpp, reproduce, train, zoo
 
 app = typer.Typer(
     name="klkit",
@@ -23,6 +23,7 @@ app.command("compare", rich_help_panel=MEASURE, epilog=compare.EXAMPLES)(compare
 app.command("run", rich_help_panel=MEASURE)(estimate.run_command)
 app.command("floor", rich_help_panel=MEASURE, epilog=floor.EXAMPLES)(floor.floor_command)
 app.command("demo", rich_help_panel=MEASURE)(estimate.demo_command)
+app.command("import-llamacpp", rich_help_panel=MEASURE, epilog=llamacpp.EXAMPLES)(llamacpp.import_llamacpp_command)
 app.command("explain", rich_help_panel=LOOK, epilog=explain.EXAMPLES)(explain.explain_command)
 app.command("report", rich_help_panel=LOOK)(zoo.report_command)
 app.command("models", rich_help_panel=LOOK)(zoo.models_command)

@@ -24,6 +24,8 @@ LABELS = {
     "k3_token": "k3 per token",
     "ht": "Horvitz-Thompson",
     "exact": "exact on this text",
+    "bucketed": "floor as one bucket",
+    "llamacpp": "llama.cpp",
 }
 
 

@@ -59,6 +59,20 @@ class Vocabulary:
 
 
 @runtime_checkable
+class Named(Protocol):
+    """What a result needs of a model once all is computed: what to call it, and how it spells its tokens."""
+
+    @property
+    def name(self) -> str:
+        """What reports call the model."""
+        ...
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """Each token as text that a person can read."""
+        ...
+
+
+@runtime_checkable
 class LanguageModel(Protocol):
     """The contract of every model, neural or exact; ``klkit.models.laws`` checks it on any adapter.
 
