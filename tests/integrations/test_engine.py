@@ -197,7 +197,7 @@ def test_the_mismatch_is_an_estimate_of_the_divergence_of_the_laws():
     assert abs(value - truth) < 4 * error
     assert error < 0.2 * truth
     same = score(p, p, vllm.sample(Engine(p), p, contexts(p, 20), max_tokens=400, seed=0, weighted=True))
-    assert mismatch(same.strings())[0] == 0.0
+    assert mismatch(same.strings())[0] < 1e-24
 
 
 @pytest.mark.parametrize("precision", MISMATCH)

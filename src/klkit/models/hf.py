@@ -228,8 +228,11 @@ class HuggingFaceModel:
 
     def embedding(self) -> Float[Tensor, "v e"] | None:
         """Input embeddings in single precision, one row a token; None if the model has none to show."""
-        weight = getattr(self.model.get_input_embeddings(), "weight", None)
-        size = self.vocabulary.size
+        module: Any = self.model.get_input_embeddings()
+        weight, size = getattr(module, "weight", None), self.vocabulary.size
+        if isinstance(weight, Tensor) and weight.is_meta:  # it lies on disk, and comes when rows are asked for
+            with torch.no_grad():
+                weight = module(torch.arange(len(weight), device=self._network.device))
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2 or len(weight) < size:
             return None
         return weight.detach()[:size].float()

@@ -66,7 +66,8 @@ class SplitNetwork:
     def device(self) -> torch.device:
         """Where token ids go in."""
         device: torch.device = self.network.device
-        return device
+        # Weights that are fetched when they are needed say nothing; accelerate knows where the arithmetic is done.
+        return device if device.type != "meta" else torch.device(self.network._hf_hook.execution_device)
 
     def trunk(
         self, tokens: Int[Tensor, "b l"], mask: Int[Tensor, "b w"], *, cache: Any = None, use_cache: bool = False
