@@ -69,6 +69,18 @@ def test_two_hundred_seeds_pass_however_skewed_the_laws(spread):
     assert np.std(scores, axis=0) == pytest.approx(np.ones(2), abs=0.35)
 
 
+def test_no_difference_at_all_is_questioned_with_what_is_known():
+    again = replace(P, name="again")
+    found = score(P, again, RIGHT)
+    check = audit(found)["no_difference_share"]
+    assert (check.verdict, check.value) == ("warn", 1.0)
+    assert check.advice.endswith("Are these the same weights? Is the adapter loaded and active?")
+    check = audit(found, alike="The weights are equal.")["no_difference_share"]
+    assert check.advice == "No decision differs by more than rounding. The weights are equal."
+    assert audit(found, same=True, alike="The weights are equal.")["no_difference_share"].verdict == "pass"
+    assert audit(score(P, Q, RIGHT), alike="The weights are equal.")["no_difference_share"].verdict == "pass"
+
+
 def test_one_rare_token_in_a_short_run_is_bad_luck_and_not_a_failure():
     p, q = memoryless([1 - 1e-7, 1e-7], end=0.5), memoryless([0.9, 0.1], end=0.5)
     unlucky = Sequences.pack([p.context(None)] * 3, [torch.tensor(t) for t in ([0, 2], [1, 2], [0, 2])])

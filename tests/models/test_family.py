@@ -137,7 +137,7 @@ class TestAdapters:
             lambda q: q.digest,
             lambda q: q.embedding(),
         ):
-            with pytest.raises(ValueError, match="expected a model that is loaded.* released; load it again"):
+            with pytest.raises(ValueError, match=r"expected a model that is loaded.* released; load it again"):
                 use(candidate.model)
 
     def test_that_alter_the_base_are_loaded_by_themselves(self, tmp_path, base, adapters):

@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tests.tiny import build, folder, tokenizer
 
 from klkit.models.checkpoints import quiet
-from klkit.models.spec import ModelSpec, load, load_pair
+from klkit.models.spec import ModelSpec, candidate_spec, load, load_network, load_pair, spec_with
+from klkit.models.wrap import temperature, top_k, top_p
 from klkit.sequences import Sequences
 
 STRINGS = Sequences.pack(
@@ -65,6 +66,19 @@ class TestParse:
         assert one.canonical() == two.canonical()
         assert ModelSpec.parse(one.canonical()).canonical() == one.canonical()
 
+    def test_transformations_are_part_of_it(self):
+        spec = ModelSpec.parse("x,top_p=0.50,temperature=0.9,top_k=40,round=int4/32")
+        assert (spec.temperature, spec.top_k, spec.top_p, spec.rounding()) == (0.9, 40, 0.5, ("int4", 32))
+        assert spec.canonical() == "x,round=int4/32,temperature=0.9,top_k=40,top_p=0.5"
+        assert (
+            ModelSpec.parse(spec.canonical())
+            == spec
+            == ModelSpec.parse("x,round=int4/32", **{"temperature": 0.9, "top_k": 40, "top_p": 0.5})
+        )
+        assert spec.untransformed().canonical() == "x,round=int4/32"
+        network = ModelSpec.parse("x,peft=y,tokenizer=z,ends=2,top_k=3,dtype=float64,round=int8").network()
+        assert network.canonical() == "x,dtype=float64,round=int8"
+
     def test_folders_may_hold_an_at_sign(self, tmp_path):
         (tmp_path / "a@b").mkdir()
         assert ModelSpec.parse(f"{tmp_path}/a@b").revision is None
@@ -80,11 +94,69 @@ class TestParse:
             ("x,trust_remote_code=maybe", "true or false, got 'maybe'"),
             ("x,ends=two", "ids joined by"),
             (",dtype=float32", "before the first comma"),
+            (
+                "x,temperature=0",
+                "temperature to be a positive finite number, got '0'; .* greedy decoding write top_k=1",
+            ),
+            ("x,temperature=inf", "temperature to be a positive finite number, got 'inf'"),
+            ("x,temperature=nan", "temperature to be a positive finite number, got 'nan'"),
+            ("x,temperature=warm", "temperature to be a positive finite number, got 'warm'; write temperature=0.9"),
+            ("x,top_k=0", "top_k to be a whole number of at least 1, got '0'; write top_k=40"),
+            ("x,top_k=2.5", "top_k to be a whole number of at least 1, got '2.5'"),
+            ("x,top_p=1.5", "top_p to be a number above 0 and at most 1, got '1.5'"),
+            ("x,round=int3", "round to be one of int4, int8, .*, got 'int3'"),
+            ("x,round=int4/0", "a group such as int4/32"),
+            ("x,round=float16/32", "one scale an output or none: write round=float16"),
+            ("x,round=int4,quantization=4bit", "either round or quantization"),
         ],
     )
     def test_wrong_options(self, text, message):
         with pytest.raises(ValueError, match=message):
             ModelSpec.parse(text)
+
+
+class TestCandidate:
+    @pytest.mark.parametrize(
+        ("p", "text", "wanted"),
+        [
+            ("org/p", "temperature=0.9", "org/p,temperature=0.9"),
+            ("org/p@v1,dtype=float64,round=int8", "round=int4, top_k=3", "org/p@v1,dtype=float64,round=int4,top_k=3"),
+            ("org/p,peft=./a", "peft=./b", "org/p,peft=./b"),
+            ("org/p", "org/q,temperature=0.9", "org/q,temperature=0.9"),
+            ("org/p", "./lr=0.1", "./lr=0.1"),
+            ("org/p", "runs/lr=0.1/last", "runs/lr=0.1/last"),
+            ("klkit:docs-lora", "peft=./b", "klkit:docs,peft=./b"),
+            ("klkit:docs-lora", "temperature=0.9", "klkit:docs-lora,temperature=0.9"),
+        ],
+    )
+    def test_options_alone_go_to_p(self, p, text, wanted):
+        assert candidate_spec(p, text) == wanted
+        assert candidate_spec(p, wanted) == wanted
+
+    def test_a_folder_called_like_an_option(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "temperature=0.9").mkdir()
+        assert candidate_spec("org/p", "temperature=0.9") == "temperature=0.9"
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("temprature=0.9", "expected one of the options .* got 'temprature'; did you mean temperature"),
+            ("colour=red", "got 'colour'"),
+            ("temperature=0.9,org/q", "of the form NAME=VALUE, each once, .* got 'org/q'"),
+            ("temperature=0.9,temperature=0.8", "each once"),
+            ("temperature=", "of the form NAME=VALUE"),
+        ],
+    )
+    def test_what_is_no_option(self, text, message):
+        with pytest.raises(ValueError, match=message):
+            candidate_spec("org/p", text)
+
+    def test_defaults(self):
+        defaults = {"device": "cuda", "dtype": "float16"}
+        assert spec_with("x,device=cpu", defaults).device == "cpu"
+        assert spec_with("x", defaults) == ModelSpec.parse("x,device=cuda,dtype=float16")
+        assert spec_with("x,device_map=auto", defaults) == ModelSpec.parse("x,device_map=auto,dtype=float16")
 
 
 class TestLoad:
@@ -108,6 +180,20 @@ class TestLoad:
         assert (model.name, model.dtype, model.vocabulary.ends) == ("mine", torch.float64, (3, 5))
         assert model.model.config._attn_implementation == "eager"
         assert load(base, dtype="bfloat16").dtype == torch.bfloat16
+
+    def test_read_outs_are_mapped_in_the_order_of_decoders(self, base):
+        text = f"{base},top_p=0.9,top_k=30,temperature=1.5"
+        model = load(text)
+        assert (model.name, model.base.base.base.name) == (text, text)
+        plain = load(base)
+        assert torch.equal(log_probs(model), log_probs(top_p(top_k(temperature(plain, 1.5), 30), 0.9)))
+        assert load(base, temperature=0.5, name="cold").name == "cold"
+        assert torch.equal(log_probs(load(base, temperature=0.5)), log_probs(temperature(plain, 0.5)))
+        with pytest.raises(
+            ValueError, match=r"without a map of its read-out, got top_k=30, top_p=0\.9 .*leave them out"
+        ):
+            load_network(f"{base},top_k=30,top_p=0.9")
+        assert load_network(f"{base},round=int4").digest == load(f"{base},round=int4").digest != plain.digest
 
     def test_tokenizer_elsewhere(self, tmp_path, base):
         build("gpt2").save_pretrained(tmp_path / "bare")
