@@ -95,6 +95,18 @@ def test_a_part_is_what_a_hand_made_table_says():
     assert end["end_share"] + end["content_share"] == 1
 
 
+def test_few_of_many_clusters_are_no_large_sample():
+    random = numpy_stream(2, "facets")
+    clusters = 500
+    decisions = np.ones((clusters, BINS), np.int32)
+    decisions[30:, 1] = 0
+    totals = decisions * random.exponential(1.0, (clusters, BINS))
+    often, rare, *_ = by_confidence(FacetSums(np.arange(clusters), totals, decisions, totals[:, 0]), clusters)
+    assert (often["share_method"], rare["share_method"]) == ("t", "bootstrap-t")
+    wanted = ratio_interval(totals[:, 1], totals.sum(1), method="bootstrap-t")
+    assert (rare["share_lower"], rare["share_upper"]) == (wanted.lower, wanted.upper)
+
+
 def same(one, other):
     assert len(one) == len(other)
     for a, b in zip(one, other, strict=True):
@@ -117,6 +129,8 @@ def test_batches_add_up_however_strings_are_cut(drawn, clusters, size):
     same(by_confidence(parts, 120), by_confidence(whole, 120))
     same(by_class(parts, 120), by_class(whole, 120))
     assert parts.end_kl == pytest.approx(whole.end_kl)
+    kept = (parts.cluster, parts.kl, parts.decisions, parts.end_kl)
+    assert sum(array.nbytes for array in kept) <= 200 * clusters
 
 
 @pytest.mark.parametrize("clusters", [120, 13])

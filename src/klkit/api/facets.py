@@ -21,7 +21,7 @@ from klkit.estimators.statistics import TokenStatistics
 from klkit.estimators.strings import StringStatistics
 from klkit.models.token_classes import DECISION_CLASSES, NAMES, decision_classes
 from klkit.results import jsonable
-from klkit.stats.intervals import MINIMUM_CLUSTERS, Interval, cluster_totals, ratio_interval
+from klkit.stats.intervals import MINIMUM_CLUSTERS, STUDENT_FROM, Interval, cluster_totals, ratio_interval
 
 CONFIDENCE = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 """Edges of the buckets of p's largest probability, each closed below; the last is closed above too."""
@@ -218,7 +218,9 @@ def share(part: Array, whole: Array, reached: int) -> dict[str, Any]:
     elif reached < MINIMUM_CLUSTERS:
         value, found = float(part.sum()) / total, none(f"none (fewer than {MINIMUM_CLUSTERS} clusters)")
     else:
-        value, found = float(part.sum()) / total, interval(part, whole)
+        # Many clusters are no large sample where few of them have any part in it.
+        method = "bootstrap-t" if reached < STUDENT_FROM else "auto"
+        value, found = float(part.sum()) / total, ratio_interval(part, whole, level=LEVEL, method=method)
     return {
         "share": value,
         "share_lower": jsonable(float(np.clip(found.lower, 0, 1))),
