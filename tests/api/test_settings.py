@@ -38,6 +38,11 @@ def test_round_trip_through_yaml():
         ({"divergence": "jeffreys", "floor": "dtype"}, "floor='dtype'"),
         ({"divergence": "js", "method": "mc"}, "rb"),
         ({"unit": "bans"}, "bits"),
+        ({"beam": 4}, "only the sums of bytes=True"),
+        ({"bytes": True, "beam": 0}, "at least 1 for beam"),
+        ({"bytes": True, "text": "a.txt"}, "text='a.txt'"),
+        ({"bytes": True, "shared_only": True}, "shared_only=True"),
+        ({"bytes": "yes"}, "true or false"),
         ({"p": None}, "'p'"),
     ],
 )
