@@ -76,3 +76,10 @@ def test_top_share():
     assert top_share(np.array([5.0])) == 1
     assert math.isnan(top_share(np.zeros(10)))
     assert math.isnan(top_share(np.array([-1.0, 0.5])))
+
+
+@pytest.mark.parametrize("zeros", range(9))
+def test_a_tail_without_scale_has_no_shape(zeros):
+    # 40 values have a tail of 8: so many of its exceedances are nothing.
+    values = np.concatenate([np.zeros(32 + zeros), np.arange(1.0, 9.0 - zeros)])
+    assert math.isnan(pareto_khat(values)) == (zeros >= 2)

@@ -90,9 +90,13 @@ def pareto_khat(values: NDArray[np.float64]) -> float:
     ordered = np.sort(values)
     exceedances = ordered[-size:] - ordered[-size - 1]
     # The fit needs a scale: exceedances that are mostly zero, or all alike, have none.
-    if exceedances[size // 4] <= 0 or exceedances[0] == exceedances[-1]:
+    if _quartile(exceedances) <= 0 or exceedances[0] == exceedances[-1]:
         return math.nan
     return _generalised_pareto_shape(exceedances)
+
+
+def _quartile(ordered: NDArray[np.float64]) -> float:
+    return float(ordered[int(len(ordered) / 4 + 0.5) - 1])
 
 
 def _generalised_pareto_shape(x: NDArray[np.float64]) -> float:
@@ -106,8 +110,7 @@ def _generalised_pareto_shape(x: NDArray[np.float64]) -> float:
     """
     n = len(x)
     points = 30 + math.isqrt(n)
-    quartile = x[int(n / 4 + 0.5) - 1]
-    theta = 1 / x[-1] + (1 - np.sqrt(points / (np.arange(1, points + 1) - 0.5))) / (3 * quartile)
+    theta = 1 / x[-1] + (1 - np.sqrt(points / (np.arange(1, points + 1) - 0.5))) / (3 * _quartile(x))
     k = np.mean(np.log1p(-theta[:, None] * x), axis=1)
     likelihood = n * (np.log(-theta / k) - k - 1)
     weights = np.exp(likelihood - likelihood.max())
