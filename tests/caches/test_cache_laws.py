@@ -9,11 +9,11 @@ from tests.tiny import folder
 from klkit.caches import recording as kinds
 from klkit.caches.build import build, size_of
 from klkit.caches.cache import TeacherCache
-from klkit.caches.recording import Recording, law, record
+from klkit.caches.recording import KINDS, Recording, law, record
 from klkit.caches.sizes import cache_size
 from klkit.divergences.kl import kl
 from klkit.divergences.linear import Head
-from klkit.divergences.partial import Hidden, Logits, Sampled, TopK
+from klkit.divergences.partial import Hidden, Hybrid, Logits, Sampled, TopK
 from klkit.models.automaton import memoryless
 from klkit.models.base import log_probs, read_rows
 from klkit.models.spec import load
@@ -21,6 +21,13 @@ from klkit.objectives.distill import distillation_loss
 from klkit.objectives.distill_losses import LOSSES, token_loss
 from klkit.rng import stream
 from klkit.sequences import Sequences
+
+FIELDS = {
+    "hidden": ("hidden",),
+    "top-k": ("tokens", "logp", "rest"),
+    "sampled": ("tokens", "share"),
+    "hybrid": ("tokens", "logp", "rest", "draws", "logp_draws", "whole"),
+}
 
 
 def strings(count=7, *, vocabulary=300, seed=0, longest=9):
@@ -93,17 +100,19 @@ def test_rows_come_in_the_order_asked_for(hidden_cache, teacher):
     assert len(hidden_cache.rows([])) == len(hidden_cache.rows([2])) == 0
 
 
-@pytest.mark.parametrize("kind", ["hidden", "top-k", "sampled"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_decisions_give_a_loss_of_zero_with_a_graph(kind, teacher, tmp_path):
     cache = build(tmp_path / "c", teacher, strings(), Recording(kind, k=4, draws=4)).cache
     z = torch.zeros(0, cache.manifest.size, requires_grad=True)
-    loss = distillation_loss(cache.rows([2]), Logits(z), None, "forward_kl").loss
+    found = cache.rows([2])
+    found = found.sampled() if isinstance(found, Hybrid) else found
+    loss = distillation_loss(found, Logits(z), None, "forward_kl").loss
     loss.backward()
     assert float(loss.detach()) == 0
     assert z.grad.shape == z.shape
 
 
-@pytest.mark.parametrize("kind", ["hidden", "top-k", "sampled"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_batches_and_shards_change_nothing(kind, teacher, tmp_path):
     recording = Recording(kind, k=5, draws=20)
     settings = itertools.product((1, 3, 100), (200, 1 << 20))
@@ -114,7 +123,7 @@ def test_batches_and_shards_change_nothing(kind, teacher, tmp_path):
         for batch, size in settings
     ]
     for other in found[1:]:
-        for name in {"hidden": ("hidden",), "top-k": ("tokens", "logp", "rest"), "sampled": ("tokens", "share")}[kind]:
+        for name in FIELDS[kind]:
             torch.testing.assert_close(getattr(other, name), getattr(found[0], name), rtol=1e-4, atol=1e-5)
 
 
@@ -183,10 +192,10 @@ def test_draws_have_the_law_they_are_drawn_from():
     """The same numbers as the inverse of the distribution function gives, and their frequencies."""
     model = memoryless([0.6, 0.0, 0.4], end=0.25)
     hidden = model.begin([model.context(None)])[1]
-    p = model.readout(hidden).exp()[0]
+    p, one = model.readout(hidden).exp()[0], Sequences.pack([model.context(None)], [torch.tensor([0])])
     count = 20_000
     kept, coverage = record(
-        model, hidden, Recording("sampled", draws=count), size=4, examples=torch.tensor([0]), lengths=torch.tensor([1])
+        model, hidden, Recording("sampled", draws=count), one, size=4, examples=torch.tensor([0])
     )
     found = law("sampled", kept, head=None, temperature=1.0)
     share = torch.zeros(4).index_add_(0, found.tokens[0], found.share[0]).double()
@@ -199,7 +208,7 @@ def test_draws_have_the_law_they_are_drawn_from():
     assert int(kept["counts"][0]) == first
 
 
-@pytest.mark.parametrize("kind", ["top-k", "sampled"])
+@pytest.mark.parametrize("kind", ["top-k", "sampled", "hybrid"])
 def test_rows_read_out_a_few_at_a_time_are_the_same(kind, teacher, tmp_path, monkeypatch):
     one = build(tmp_path / "one", teacher, strings(), Recording(kind)).cache.rows(range(7))
     monkeypatch.setattr(kinds, "read_rows", lambda model, hidden: read_rows(model, hidden, rows=2))
@@ -276,7 +285,7 @@ def test_a_hidden_cache_is_far_smaller_than_half_precision_logits():
     assert size.saving > 20
 
 
-@pytest.mark.parametrize("kind", ["hidden", "top-k", "sampled"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_size_said_before_is_the_size_written(kind, teacher, tmp_path):
     x = strings(60)
     recording = Recording(kind, k=8, draws=8)
