@@ -370,3 +370,16 @@ def test_a_shift_in_the_file_is_found_by_asking_again(teacher, tmp_path, monkeyp
     monkeypatch.setattr(building, "_ask", shifted)
     found = build(tmp_path / "c", teacher, strings()).cache
     assert not compare(found, teacher, count=12).holds
+
+
+@pytest.mark.parametrize("name", ["logp", "rest", "logp_draws", "text"])
+def test_one_column_of_another_decision_is_found_by_asking_again(name, teacher, tmp_path, monkeypatch):
+    right = building._ask
+
+    def shifted(*arguments):
+        kept, coverage = right(*arguments)
+        return {**kept, name: kept[name].roll(1, 0)}, coverage
+
+    monkeypatch.setattr(building, "_ask", shifted)
+    found = build(tmp_path / "c", teacher, strings(), Recording("hybrid", k=8, draws=4)).cache
+    assert not compare(found, teacher, count=12).holds

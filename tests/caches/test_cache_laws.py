@@ -29,6 +29,8 @@ FIELDS = {
     "hybrid": ("tokens", "logp", "rest", "draws", "logp_draws", "whole"),
 }
 
+TOKEN = torch.tensor([0])
+
 
 def strings(count=7, *, vocabulary=300, seed=0, longest=9):
     """Ragged strings of ordinary tokens; one of them has no response."""
@@ -260,7 +262,7 @@ def test_rows_of_no_mass_leave_every_law(tmp_path):
         return logits.log_softmax(-1)
 
     model.readout = without
-    for recording in (Recording("top-k", k=64), Recording("sampled")):
+    for recording in (Recording("top-k", k=64), Recording("sampled"), Recording("hybrid", k=9, draws=3)):
         cache = build(tmp_path / recording.kind, model, x, recording).cache
         assert cache.manifest.size == named
         assert cache.manifest.coverage["largest_unused_mass"] < 1e-20
@@ -302,3 +304,78 @@ def test_a_cache_is_a_head_with_its_vectors(hidden_cache, teacher):
     assert isinstance(found, Head)
     assert torch.equal(found.weight, own.weight[: own.tokens])
     assert isinstance(TeacherCache.open(hidden_cache.path).rows([1]), Hidden)
+
+
+# Known tokens and draws from the others
+
+
+def test_a_hybrid_cache_holds_the_law_as_the_teacher_has_it(teacher, tmp_path):
+    x = strings()
+    found = build(tmp_path / "c", teacher, x, Recording("hybrid", k=6, draws=5)).cache.rows(range(7), x)
+    logp = torch.cat(list(log_probs(teacher, x)))
+    assert isinstance(found, Hybrid)
+    torch.testing.assert_close(found.logp, logp.gather(1, found.tokens))
+    torch.testing.assert_close(found.logp, logp.topk(6).values)
+    torch.testing.assert_close(found.rest, logp.scatter(1, found.tokens, -torch.inf).logsumexp(1))
+    torch.testing.assert_close(found.logp_draws, logp.gather(1, found.draws))
+    assert not bool((found.draws[:, :, None] == found.tokens[:, None, :]).any())
+    assert bool(found.whole.all())
+    wide, scalars, end = logp.double(), found.scalars, list(teacher.vocabulary.ends)
+    entropy = -(wide.exp() * wide).sum(1)
+    ending = wide.exp()[:, end].sum(1)
+    wanted = {
+        "logp": wide.gather(1, x.targets()[:, None])[:, 0],
+        "entropy": entropy,
+        "variance": (wide.exp() * (wide + entropy[:, None]).square()).sum(1),
+        "coin": torch.stack([ending.log(), (1 - ending).log()], 1),
+    }
+    for name, values in wanted.items():
+        torch.testing.assert_close(getattr(scalars, name).double(), values, rtol=1e-5, atol=1e-6)
+
+
+def test_draws_from_the_tail_have_its_law_and_come_from_the_stream_of_the_example():
+    model = memoryless([0.5, 0.2, 0.0, 0.1, 0.2], end=0.25)
+    hidden, one = model.begin([model.context(None)])[1], Sequences.pack([model.context(None)], [torch.tensor([5])])
+    count, p = 20_000, model.readout(hidden).exp()[0]
+    recording = Recording("hybrid", k=2, draws=count, seed=3)
+    kept, coverage = record(model, hidden, recording, one, size=6, examples=torch.tensor([8]))
+    found = law("hybrid", kept, head=None, temperature=1.0, size=6)
+    assert sorted(found.tokens[0].tolist()) == [0, 5]
+    assert not bool(found.whole)
+    tail = p.index_fill(0, found.tokens[0], 0.0) / float(found.rest.exp())
+    share = found.draws[0].bincount(minlength=6) / count
+    z = (share - tail) / (tail * (1 - tail) / count).sqrt().clamp(min=1e-12)
+    assert float(z[tail > 0].abs().max()) < 4
+    assert float(share[tail == 0].sum()) == 0
+    assert coverage.mass == pytest.approx(float(found.logp.exp().sum()))
+    uniform = torch.rand(count, dtype=torch.float64, generator=stream(3, "teacher", 8))
+    assert float(share[1]) == pytest.approx(float((uniform < tail[1]).double().mean()))
+
+
+def test_nothing_is_drawn_where_nothing_is_left(teacher, tmp_path):
+    found = build(tmp_path / "c", teacher, strings(), Recording("hybrid", k=320, draws=3)).cache.rows(range(7))
+    assert bool((found.rest == -torch.inf).all())
+    assert bool((found.logp_draws == -torch.inf).all())
+    assert float(found.sampled().share[:, 320:].sum()) == 0
+    model, x = memoryless([0.5, 0.5, 0.0], end=0.5), Sequences.pack([torch.tensor([3])], [torch.tensor([0, 3])])
+    found = build(tmp_path / "m", model, x, Recording("hybrid", k=3, draws=2)).cache.rows([0])
+    assert bool((found.rest == -torch.inf).all())
+    assert not bool(found.whole.any())
+
+
+def test_a_tail_of_hardly_any_mass_is_drawn_from_like_any_other():
+    """Its probabilities are 0 in single precision, their ratios are not."""
+    logits = torch.tensor([[0.0, -150.0, -151.0, -1000.0]])
+    kept, _ = kinds._both(logits.log_softmax(1), 1, torch.linspace(0, 1, 101)[None, :100].double(), TOKEN, (0,))
+    drawn = kept["draws"][0].bincount(minlength=4) / 100
+    assert drawn.tolist() == pytest.approx([0, 0.74, 0.26, 0])
+    assert float(kept["rest"]) == pytest.approx(-150 + 0.3133, abs=1e-3)
+    assert bool(kept["whole"])
+
+
+def test_a_hybrid_cache_of_256_tokens_and_16_draws_takes_2201_bytes_a_decision():
+    facts = {"decisions": 100_000, "examples": 200, "tokens": 100_000, "width": 2048, "vocabulary": 128_000}
+    size = cache_size(Recording("hybrid", k=256, draws=16), **facts, dtype=torch.bfloat16)
+    assert size.decision == 8 * 256 + 8 * 16 + 25
+    assert size.saving > 110
+    assert cache_size(Recording(), **facts, dtype=torch.bfloat16).saving > 20

@@ -96,12 +96,15 @@ def _variation(logp: Float[Tensor, "m v"], other: Float[Tensor, "m v"]) -> float
 def _hybrid_variation(law: Hybrid, logp: Float[Tensor, "m v"], tokens: Int[Tensor, " m"]) -> float:
     """Over what is known, and over the tail: half the mean of ``|1 − ratio|`` over draws, times the tail's mass."""
     logp = logp.double()
+    rest = law.rest.double().exp()
     known = (law.logp.double().exp() - logp.gather(-1, law.tokens).exp()).abs().sum(-1)
+    tail = (rest - logp.scatter(-1, law.tokens, -torch.inf).exp().sum(-1)).abs()
     ratio = (logp.gather(-1, law.draws) - law.logp_draws.double()).nan_to_num(nan=0.0)  # nothing drawn, or both exclude
-    tail = law.rest.double().exp() * torch.expm1(ratio).abs().mean(-1)
+    inside = rest * torch.expm1(ratio).abs().mean(-1)
     assert law.scalars is not None
-    text = law.scalars.logp.double().exp() - logp.gather(-1, tokens[:, None])[:, 0].exp()
-    return float(torch.maximum((known + tail) / 2, text.abs()).max())
+    own = logp.gather(-1, tokens.clamp(max=logp.shape[-1] - 1)[:, None])[:, 0].exp()
+    text = (law.scalars.logp.double().exp() - own).where(tokens < logp.shape[-1], 0.0)
+    return float(torch.maximum((known + torch.maximum(tail, inside)) / 2, text.abs()).max())
 
 
 def _differences(before: Law, now: Law) -> list[float]:
