@@ -196,9 +196,7 @@ def test_draws_have_the_law_they_are_drawn_from():
     hidden = model.begin([model.context(None)])[1]
     p, one = model.readout(hidden).exp()[0], Sequences.pack([model.context(None)], [torch.tensor([0])])
     count = 20_000
-    kept, coverage = record(
-        model, hidden, Recording("sampled", draws=count), one, size=4, examples=torch.tensor([0])
-    )
+    kept, coverage = record(model, hidden, Recording("sampled", draws=count), one, size=4, examples=torch.tensor([0]))
     found = law("sampled", kept, head=None, temperature=1.0)
     share = torch.zeros(4).index_add_(0, found.tokens[0], found.share[0]).double()
     z = (share - p) / (p * (1 - p) / count).sqrt().clamp(min=1e-12)

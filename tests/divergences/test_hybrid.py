@@ -144,7 +144,8 @@ def test_tiny_divergences_survive_single_precision():
     logq = (z + 1e-3 * torch.randn(2000, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)).log_softmax(0)
     draws = torch.multinomial(logp.scatter(0, logp.topk(1500).indices, -torch.inf).exp(), 6)[None]
     exact, rounded = (
-        float(hybrid_kl(law_of(logp.to(dtype), 1500, draws), logq.to(dtype)[None]).kl) for dtype in (DOUBLE, torch.float)
+        float(hybrid_kl(law_of(logp.to(dtype), 1500, draws), logq.to(dtype)[None]).kl)
+        for dtype in (DOUBLE, torch.float)
     )
     assert exact == pytest.approx(divergence(logp, logq), rel=0.1)
     assert exact < 1e-6

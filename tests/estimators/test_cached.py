@@ -8,8 +8,9 @@ import torch
 from tests.tiny import folder
 
 from klkit.caches.build import build
-from klkit.caches.cache import CacheError, StaleCache
+from klkit.caches.cache import StaleCache
 from klkit.caches.recording import Recording
+from klkit.caches.shards import CacheError
 from klkit.divergences.fused import RowStatistics
 from klkit.estimators import ESTIMATORS, summarise
 from klkit.estimators.audit import audit
@@ -83,15 +84,15 @@ def test_everything_known_is_the_divergence_itself(p, q, x, tmp_path):
 
 
 def test_the_mean_over_seeds_is_the_divergence_of_the_strings(p, q, x, tmp_path):
-    truth = float(score(p, q, x).rows.kl.double().sum())
+    some = x.select(range(4))
+    truth = float(score(p, q, some).rows.kl.double().sum())
+    caches = [
+        build(tmp_path / f"{seed}", p, some, Recording("hybrid", k=8, draws=4, seed=seed)).cache for seed in range(30)
+    ]
     for plain in (False, True):
-        found = []
-        for seed in range(40):
-            cache = build(tmp_path / f"{seed}", p, x, Recording("hybrid", k=8, draws=4, seed=seed)).cache
-            found.append(float(score_cached(cache, q, plain=plain).rows.kl.double().sum()))
-        found = torch.tensor(found)
-        assert abs(float((found.mean() - truth) / found.std()) * 40**0.5) < 3.5
-        assert float(found.std()) < 0.05 * truth
+        found = torch.tensor([float(score_cached(c, q, plain=plain).rows.kl.double().sum()) for c in caches])
+        assert abs(float((found.mean() - truth) / found.std()) * 30**0.5) < 3.5
+        assert float(found.std()) < 0.1 * truth
 
 
 def test_strings_may_be_chosen_and_batches_change_nothing(p, q, x, tmp_path):
@@ -205,5 +206,5 @@ def test_what_is_not_this_cache_is_refused(p, q, x, tmp_path):
     wide = load(str(folder("llama", vocab_size=512)))
     for recording in (Recording(), Recording("hybrid", k=4, draws=2)):
         cache = build(tmp_path / f"wide-{recording.kind}", wide, x, recording).cache
-        with pytest.raises(VocabularyMismatch, match="512 ids of .*, got 320 of"):
+        with pytest.raises(VocabularyMismatch, match=r"512 ids of .*, got 320 of"):
             score_cached(cache, q)

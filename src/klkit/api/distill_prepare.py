@@ -189,8 +189,8 @@ def open_cache(
         kind = Sampled
     if kind is Sampled and not loss.linear_in_p:
         raise ValueError(
-            f"expected forward_kl with a {cache.kind} cache, got {loss.spec}: draws give without bias only what is linear "
-            f"in the teacher's law; train with --loss forward_kl, or build the cache with --kind top-k or hidden"
+            f"expected forward_kl with a {cache.kind} cache, got {loss.spec}: draws give without bias only what is "
+            f"linear in the teacher's law; train with --loss forward_kl, or build the cache with --kind top-k or hidden"
         )
     if kind is TopK and not loss.merging_lowers and loss.head is None:
         raise ValueError(

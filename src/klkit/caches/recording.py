@@ -313,7 +313,7 @@ def _nothing(recording: Recording) -> dict[str, Tensor]:
             return kept
         draws = torch.empty(0, recording.draws, dtype=torch.int32)
         kept |= {"draws": draws, "logp_draws": draws.float(), "whole": one.bool(), "coin": torch.empty(0, 2)}
-        return kept | {name: one for name in ("text", "entropy", "variance")}
+        return kept | dict.fromkeys(("text", "entropy", "variance"), one)
     return {
         "ids": torch.empty(0, dtype=torch.int32),
         "counts": torch.empty(0, dtype=torch.int16),

@@ -38,7 +38,8 @@ def build_command(
     ],
     out: Annotated[Path, typer.Option(help="Folder of the cache; an unfinished one is continued.", show_default=False)],
     kind: Annotated[
-        str, typer.Option(help="hidden (exact), top-k (lower bounds), sampled (forward KL only), hybrid (KL without bias).")
+        str,
+        typer.Option(help="hidden (exact), top-k (lower bounds), sampled (forward KL only), hybrid (KL without bias)."),
     ] = "hidden",
     k: Annotated[int, typer.Option(help="top-k, hybrid: likeliest tokens that are kept of a law.")] = 64,
     temperature: Annotated[float, typer.Option(help="top-k: at which the law is taken.")] = 1.0,

@@ -1,20 +1,21 @@
 """The divergence from laws of which the likeliest tokens are known and all others were sampled.
 
-Let ``S`` be the known tokens of ``p`` and ``T`` the others, of masses ``P_T`` and ``Q_T``. Of ``q`` everything is known,
-so that in
+Let ``S`` be the known tokens of ``p`` and ``T`` the others, of masses ``P_T`` and ``Q_T``. Of ``q`` everything is
+known, so that in
 
     KL(p‖q) = Σ_S p log(p/q) + P_T log(P_T/Q_T) + P_T E[u],   u = log p(a)/P_T − log q(a)/Q_T,  a ~ p/P_T,
 
 only the last term is left to the draws. Their mean of ``u`` is unbiased, and between close laws hardly anything but
-noise: ``u`` has the size of the log-ratios, its mean that of their squares. The ratio ``w = exp(−u)`` is a control variate.
-Its mean is 1 wherever ``p`` gives all of ``T`` some probability, and to first order it is ``1 − u``. So a draw adds
+noise: ``u`` has the size of the log-ratios, its mean that of their squares. The ratio ``w = exp(−u)`` is a control
+variate. Its mean is 1 wherever ``p`` gives all of ``T`` some probability, and to first order it is ``1 − u``. So a
+draw adds
 
     u + λ (w − 1),   λ = s / (exp(s) − 1),   s = the mean of u² over the *other* draws at the decision,
 
 whose mean is that of ``u``, because the draw itself has no say in its ``λ``. This is the coefficient of least variance
-where log-ratios have a normal law: 1 for close laws, when the term is ``u + exp(−u) − 1``, and 0 for distant ones, where
-``w`` is small but for a few draws. Tokens of ``T`` to which ``q`` gives more than ``LOUD`` times what ``p`` can give to
-any of them are left out of ``Q_T``, and ``w`` is 0 there: it would be large for certain.
+where log-ratios have a normal law: 1 for close laws, when the term is ``u + exp(−u) − 1``, and 0 for distant ones,
+where ``w`` is small but for a few draws. Tokens of ``T`` to which ``q`` gives more than ``LOUD`` times what ``p`` can
+give to any of them are left out of ``Q_T``, and ``w`` is 0 there: it would be large for certain.
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ def hybrid_kl(law: Hybrid, logq: Float[Tensor, "m v"], rows: slice = slice(None)
     less = torch.where(ratio_known, weight * excess(-u.where(ratio_known, 0.0)) - weight * u, -weight)
 
     lost, excluded = _lost(law, rows, known, out, logq[:, :size])
-    kl, plain = (first + mass * term.mean(1) for term in (u + less, u))
-    return HybridKL(*(x.masked_fill(lost > 0, torch.inf) for x in (kl, plain)), lost, excluded)
+    kl, plain = ((first + mass * term.mean(1)).masked_fill(lost > 0, torch.inf) for term in (u + less, u))
+    return HybridKL(kl, plain, lost, excluded)
 
 
 def _lost(

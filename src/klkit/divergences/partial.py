@@ -1,15 +1,15 @@
 """Next-token laws as they come: logits, hidden states with a head, or only a part of the law.
 
-A part is the likeliest tokens with one bucket for all others, or a sample, or both: the likeliest tokens and a sample of
-all others. What can be said from a part is less, and it is said here: merging tokens into a bucket never raises an
-f-divergence, so that a bucket gives a lower bound, and a sample gives without bias what is linear in the law, and nothing
-else.
+A part is the likeliest tokens with one bucket for all others, or a sample, or both: the likeliest tokens and a sample
+of all others. What can be said from a part is less, and it is said here: merging tokens into a bucket never raises an
+f-divergence, so that a bucket gives a lower bound, and a sample gives without bias what is linear in the law, and
+nothing else.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -162,7 +162,8 @@ class Hybrid:
 
     def to(self, device: torch.device) -> Hybrid:
         """The same on a device."""
-        moved = {f.name: x.to(device) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {name: x.to(device) for name, x in columns.items() if isinstance(x, Tensor)}
         scalars = None if self.scalars is None else Scalars(*(x.to(device) for x in self.scalars))
         return replace(self, **moved, scalars=scalars)
 

@@ -8,7 +8,8 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from klkit.caches.cache import CacheError, TeacherCache
+from klkit.caches.cache import TeacherCache
+from klkit.caches.shards import CacheError
 from klkit.divergences.fused import RowStatistics, row_statistics
 from klkit.divergences.hybrid import hybrid_statistics
 from klkit.divergences.partial import Hidden, Hybrid
@@ -62,15 +63,15 @@ def score_cached(
     """
     if cache.kind not in ("hidden", "hybrid"):
         raise CacheError(
-            f"expected a cache of hidden states or a hybrid one to measure from, got one of kind {cache.kind}: it gives "
-            f"a bound or a gradient, and no divergence; build it with --kind hybrid"
+            f"expected a cache of hidden states or a hybrid one to measure from, got one of kind {cache.kind}: it "
+            f"gives a bound or a gradient, and no divergence; build it with --kind hybrid"
         )
     chosen = list(range(len(cache)) if indices is None else indices)
     cache.require(vocabulary=q.vocabulary)
     if q.vocabulary.size < cache.manifest.size:
         raise VocabularyMismatch(
-            f"expected a model over the {cache.manifest.size} ids of {cache.path}, got {q.vocabulary.size} of {q.name}; "
-            f"align it with klkit.models.align first"
+            f"expected a model over the {cache.manifest.size} ids of {cache.path}, got {q.vocabulary.size} of "
+            f"{q.name}; align it with klkit.models.align first"
         )
     if contexts_q is not None and len(contexts_q) != len(chosen):
         raise ValueError(f"expected a context for each of {len(chosen)} strings, got {len(contexts_q)}")
