@@ -166,7 +166,7 @@ def test_a_cache_that_is_not_of_this_run_is_refused_before_anything_is_written(t
 def test_parts_of_laws_say_what_they_are_and_draws_serve_the_forward_kl_only(tmp_path):
     teacher = load("klkit:reviews-positive")
     strings = encode_examples(teacher, EXAMPLES, 10)
-    for kind in ("top-k", "sampled"):
+    for kind in ("top-k", "sampled", "hybrid"):
         build(tmp_path / kind, teacher, strings, Recording(kind, k=8, draws=32), max_tokens=10)
     plan = replace(SMALL, teacher=None, samples=0, steps=1, cache=str(tmp_path / "top-k"))
     run = distill(plan, examples=EXAMPLES)
@@ -175,11 +175,12 @@ def test_parts_of_laws_say_what_they_are_and_draws_serve_the_forward_kl_only(tmp
     assert "a lower bound of" in distill(bound, examples=EXAMPLES).claim.objective
     with pytest.raises(StaleCache, match="another temperature: 1 then, 2 now"):
         distill(replace(plan, recipe=replace(RECIPE, temperature=2.0)), examples=EXAMPLES)
-    drawn = replace(plan, cache=str(tmp_path / "sampled"))
-    with pytest.raises(ValueError, match="expected forward_kl with a sampled cache, got adaptive_kl"):
-        distill(drawn, examples=EXAMPLES)
-    run = distill(replace(drawn, recipe=replace(RECIPE, loss="forward_kl")), examples=EXAMPLES)
-    assert "with more noise" in " ".join(run.claim.notes)
+    for kind in ("sampled", "hybrid"):
+        drawn = replace(plan, cache=str(tmp_path / kind))
+        with pytest.raises(ValueError, match=f"expected forward_kl with a {kind} cache, got adaptive_kl"):
+            distill(drawn, examples=EXAMPLES)
+        run = distill(replace(drawn, recipe=replace(RECIPE, loss="forward_kl")), examples=EXAMPLES)
+        assert "with more noise" in " ".join(run.claim.notes)
 
 
 def test_other_settings_cannot_go_on_in_the_same_folder(tmp_path):

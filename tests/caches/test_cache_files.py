@@ -279,7 +279,7 @@ def test_only_empty_responses_make_an_empty_cache(teacher, tmp_path):
 
 def test_a_teacher_of_no_linear_map_is_not_recorded_as_vectors(tmp_path):
     x = Sequences.pack([torch.tensor([1])], [torch.tensor([1, 0])])
-    with pytest.raises(ValueError, match=r"linear map of hidden states .*; use --kind top-k or sampled"):
+    with pytest.raises(ValueError, match=r"linear map of hidden states .*; use --kind top-k, sampled or hybrid"):
         build(tmp_path / "c", coin(end=0.5), x)
     with pytest.raises(ValueError, match="expected k of at most 2, the vocabulary of coin"):
         build(tmp_path / "c", coin(end=0.5), x, Recording("top-k", k=3))
@@ -317,7 +317,7 @@ def test_no_room_is_said_before_writing(teacher, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"kind": "logits"}, "expected a kind among hidden, top-k, sampled"),
+        ({"kind": "logits"}, "expected a kind among hidden, top-k, sampled, hybrid"),
         ({"kind": "top-k", "k": 0}, "k of at least 1"),
         ({"kind": "sampled", "draws": 40_000}, "draws"),
         ({"kind": "top-k", "temperature": 0.0}, "positive finite temperature"),
@@ -369,4 +369,17 @@ def test_a_shift_in_the_file_is_found_by_asking_again(teacher, tmp_path, monkeyp
 
     monkeypatch.setattr(building, "_ask", shifted)
     found = build(tmp_path / "c", teacher, strings()).cache
+    assert not compare(found, teacher, count=12).holds
+
+
+@pytest.mark.parametrize("name", ["logp", "rest", "logp_draws", "text"])
+def test_one_column_of_another_decision_is_found_by_asking_again(name, teacher, tmp_path, monkeypatch):
+    right = building._ask
+
+    def shifted(*arguments):
+        kept, coverage = right(*arguments)
+        return {**kept, name: kept[name].roll(1, 0)}, coverage
+
+    monkeypatch.setattr(building, "_ask", shifted)
+    found = build(tmp_path / "c", teacher, strings(), Recording("hybrid", k=8, draws=4)).cache
     assert not compare(found, teacher, count=12).holds

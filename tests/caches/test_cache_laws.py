@@ -9,11 +9,11 @@ from tests.tiny import folder
 from klkit.caches import recording as kinds
 from klkit.caches.build import build, size_of
 from klkit.caches.cache import TeacherCache
-from klkit.caches.recording import Recording, law, record
+from klkit.caches.recording import KINDS, Recording, law, record
 from klkit.caches.sizes import cache_size
 from klkit.divergences.kl import kl
 from klkit.divergences.linear import Head
-from klkit.divergences.partial import Hidden, Logits, Sampled, TopK
+from klkit.divergences.partial import Hidden, Hybrid, Logits, Sampled, TopK
 from klkit.models.automaton import memoryless
 from klkit.models.base import log_probs, read_rows
 from klkit.models.spec import load
@@ -21,6 +21,15 @@ from klkit.objectives.distill import distillation_loss
 from klkit.objectives.distill_losses import LOSSES, token_loss
 from klkit.rng import stream
 from klkit.sequences import Sequences
+
+FIELDS = {
+    "hidden": ("hidden",),
+    "top-k": ("tokens", "logp", "rest"),
+    "sampled": ("tokens", "share"),
+    "hybrid": ("tokens", "logp", "rest", "draws", "logp_draws", "whole"),
+}
+
+TOKEN = torch.tensor([0])
 
 
 def strings(count=7, *, vocabulary=300, seed=0, longest=9):
@@ -93,17 +102,19 @@ def test_rows_come_in_the_order_asked_for(hidden_cache, teacher):
     assert len(hidden_cache.rows([])) == len(hidden_cache.rows([2])) == 0
 
 
-@pytest.mark.parametrize("kind", ["hidden", "top-k", "sampled"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_decisions_give_a_loss_of_zero_with_a_graph(kind, teacher, tmp_path):
     cache = build(tmp_path / "c", teacher, strings(), Recording(kind, k=4, draws=4)).cache
     z = torch.zeros(0, cache.manifest.size, requires_grad=True)
-    loss = distillation_loss(cache.rows([2]), Logits(z), None, "forward_kl").loss
+    found = cache.rows([2])
+    found = found.sampled() if isinstance(found, Hybrid) else found
+    loss = distillation_loss(found, Logits(z), None, "forward_kl").loss
     loss.backward()
     assert float(loss.detach()) == 0
     assert z.grad.shape == z.shape
 
 
-@pytest.mark.parametrize("kind", ["hidden", "top-k", "sampled"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_batches_and_shards_change_nothing(kind, teacher, tmp_path):
     recording = Recording(kind, k=5, draws=20)
     settings = itertools.product((1, 3, 100), (200, 1 << 20))
@@ -114,7 +125,7 @@ def test_batches_and_shards_change_nothing(kind, teacher, tmp_path):
         for batch, size in settings
     ]
     for other in found[1:]:
-        for name in {"hidden": ("hidden",), "top-k": ("tokens", "logp", "rest"), "sampled": ("tokens", "share")}[kind]:
+        for name in FIELDS[kind]:
             torch.testing.assert_close(getattr(other, name), getattr(found[0], name), rtol=1e-4, atol=1e-5)
 
 
@@ -183,11 +194,9 @@ def test_draws_have_the_law_they_are_drawn_from():
     """The same numbers as the inverse of the distribution function gives, and their frequencies."""
     model = memoryless([0.6, 0.0, 0.4], end=0.25)
     hidden = model.begin([model.context(None)])[1]
-    p = model.readout(hidden).exp()[0]
+    p, one = model.readout(hidden).exp()[0], Sequences.pack([model.context(None)], [torch.tensor([0])])
     count = 20_000
-    kept, coverage = record(
-        model, hidden, Recording("sampled", draws=count), size=4, examples=torch.tensor([0]), lengths=torch.tensor([1])
-    )
+    kept, coverage = record(model, hidden, Recording("sampled", draws=count), one, size=4, examples=torch.tensor([0]))
     found = law("sampled", kept, head=None, temperature=1.0)
     share = torch.zeros(4).index_add_(0, found.tokens[0], found.share[0]).double()
     z = (share - p) / (p * (1 - p) / count).sqrt().clamp(min=1e-12)
@@ -199,7 +208,7 @@ def test_draws_have_the_law_they_are_drawn_from():
     assert int(kept["counts"][0]) == first
 
 
-@pytest.mark.parametrize("kind", ["top-k", "sampled"])
+@pytest.mark.parametrize("kind", ["top-k", "sampled", "hybrid"])
 def test_rows_read_out_a_few_at_a_time_are_the_same(kind, teacher, tmp_path, monkeypatch):
     one = build(tmp_path / "one", teacher, strings(), Recording(kind)).cache.rows(range(7))
     monkeypatch.setattr(kinds, "read_rows", lambda model, hidden: read_rows(model, hidden, rows=2))
@@ -251,7 +260,7 @@ def test_rows_of_no_mass_leave_every_law(tmp_path):
         return logits.log_softmax(-1)
 
     model.readout = without
-    for recording in (Recording("top-k", k=64), Recording("sampled")):
+    for recording in (Recording("top-k", k=64), Recording("sampled"), Recording("hybrid", k=9, draws=3)):
         cache = build(tmp_path / recording.kind, model, x, recording).cache
         assert cache.manifest.size == named
         assert cache.manifest.coverage["largest_unused_mass"] < 1e-20
@@ -276,7 +285,7 @@ def test_a_hidden_cache_is_far_smaller_than_half_precision_logits():
     assert size.saving > 20
 
 
-@pytest.mark.parametrize("kind", ["hidden", "top-k", "sampled"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_size_said_before_is_the_size_written(kind, teacher, tmp_path):
     x = strings(60)
     recording = Recording(kind, k=8, draws=8)
@@ -293,3 +302,78 @@ def test_a_cache_is_a_head_with_its_vectors(hidden_cache, teacher):
     assert isinstance(found, Head)
     assert torch.equal(found.weight, own.weight[: own.tokens])
     assert isinstance(TeacherCache.open(hidden_cache.path).rows([1]), Hidden)
+
+
+# Known tokens and draws from the others
+
+
+def test_a_hybrid_cache_holds_the_law_as_the_teacher_has_it(teacher, tmp_path):
+    x = strings()
+    found = build(tmp_path / "c", teacher, x, Recording("hybrid", k=6, draws=5)).cache.rows(range(7), x)
+    logp = torch.cat(list(log_probs(teacher, x)))
+    assert isinstance(found, Hybrid)
+    torch.testing.assert_close(found.logp, logp.gather(1, found.tokens))
+    torch.testing.assert_close(found.logp, logp.topk(6).values)
+    torch.testing.assert_close(found.rest, logp.scatter(1, found.tokens, -torch.inf).logsumexp(1))
+    torch.testing.assert_close(found.logp_draws, logp.gather(1, found.draws))
+    assert not bool((found.draws[:, :, None] == found.tokens[:, None, :]).any())
+    assert bool(found.whole.all())
+    wide, scalars, end = logp.double(), found.scalars, list(teacher.vocabulary.ends)
+    entropy = -(wide.exp() * wide).sum(1)
+    ending = wide.exp()[:, end].sum(1)
+    wanted = {
+        "logp": wide.gather(1, x.targets()[:, None])[:, 0],
+        "entropy": entropy,
+        "variance": (wide.exp() * (wide + entropy[:, None]).square()).sum(1),
+        "coin": torch.stack([ending.log(), (1 - ending).log()], 1),
+    }
+    for name, values in wanted.items():
+        torch.testing.assert_close(getattr(scalars, name).double(), values, rtol=1e-5, atol=1e-6)
+
+
+def test_draws_from_the_tail_have_its_law_and_come_from_the_stream_of_the_example():
+    model = memoryless([0.5, 0.2, 0.0, 0.1, 0.2], end=0.25)
+    hidden, one = model.begin([model.context(None)])[1], Sequences.pack([model.context(None)], [torch.tensor([5])])
+    count, p = 20_000, model.readout(hidden).exp()[0]
+    recording = Recording("hybrid", k=2, draws=count, seed=3)
+    kept, coverage = record(model, hidden, recording, one, size=6, examples=torch.tensor([8]))
+    found = law("hybrid", kept, head=None, temperature=1.0, size=6)
+    assert sorted(found.tokens[0].tolist()) == [0, 5]
+    assert not bool(found.whole)
+    tail = p.index_fill(0, found.tokens[0], 0.0) / float(found.rest.exp())
+    share = found.draws[0].bincount(minlength=6) / count
+    z = (share - tail) / (tail * (1 - tail) / count).sqrt().clamp(min=1e-12)
+    assert float(z[tail > 0].abs().max()) < 4
+    assert float(share[tail == 0].sum()) == 0
+    assert coverage.mass == pytest.approx(float(found.logp.exp().sum()))
+    uniform = torch.rand(count, dtype=torch.float64, generator=stream(3, "teacher", 8))
+    assert float(share[1]) == pytest.approx(float((uniform < tail[1]).double().mean()))
+
+
+def test_nothing_is_drawn_where_nothing_is_left(teacher, tmp_path):
+    found = build(tmp_path / "c", teacher, strings(), Recording("hybrid", k=320, draws=3)).cache.rows(range(7))
+    assert bool((found.rest == -torch.inf).all())
+    assert bool((found.logp_draws == -torch.inf).all())
+    assert float(found.sampled().share[:, 320:].sum()) == 0
+    model, x = memoryless([0.5, 0.5, 0.0], end=0.5), Sequences.pack([torch.tensor([3])], [torch.tensor([0, 3])])
+    found = build(tmp_path / "m", model, x, Recording("hybrid", k=3, draws=2)).cache.rows([0])
+    assert bool((found.rest == -torch.inf).all())
+    assert not bool(found.whole.any())
+
+
+def test_a_tail_of_hardly_any_mass_is_drawn_from_like_any_other():
+    """Its probabilities are 0 in single precision, their ratios are not."""
+    logits = torch.tensor([[0.0, -150.0, -151.0, -1000.0]])
+    kept, _ = kinds._both(logits.log_softmax(1), 1, torch.linspace(0, 1, 101)[None, :100].double(), TOKEN, (0,))
+    drawn = kept["draws"][0].bincount(minlength=4) / 100
+    assert drawn.tolist() == pytest.approx([0, 0.74, 0.26, 0])
+    assert float(kept["rest"]) == pytest.approx(-150 + 0.3133, abs=1e-3)
+    assert bool(kept["whole"])
+
+
+def test_a_hybrid_cache_of_256_tokens_and_16_draws_takes_2201_bytes_a_decision():
+    facts = {"decisions": 100_000, "examples": 200, "tokens": 100_000, "width": 2048, "vocabulary": 128_000}
+    size = cache_size(Recording("hybrid", k=256, draws=16), **facts, dtype=torch.bfloat16)
+    assert size.decision == 8 * 256 + 8 * 16 + 25
+    assert size.saving > 110
+    assert cache_size(Recording(), **facts, dtype=torch.bfloat16).saving > 20

@@ -98,13 +98,18 @@ def test_padding_rows_of_either_table_are_cut(wide, tmp_path):
 
 def test_top_k_bounds_and_draws_train_too(teacher, student, tmp_path):
     recipe = DistillRecipe(loss="forward_kl", batch=5, max_tokens=8, learning_rate=3e-3, warmup=0)
-    caches = [cached(tmp_path / r.kind, teacher, r) for r in (Recording("top-k", k=32), Recording("sampled"))]
-    online, bound, drawn = (
+    kinds = Recording("top-k", k=32), Recording("sampled"), Recording("hybrid", k=200, draws=16)
+    caches = [cached(tmp_path / r.kind, teacher, r) for r in kinds]
+    online, bound, drawn, both = (
         losses(student, rows, recipe=recipe) for rows in (teacher, *(CachedTeacher(c, range(5)) for c in caches))
     )
     assert bound[0] < online[0]
     assert bound[-1] < bound[0]
     assert drawn[-1] < drawn[0]
+    # Cross-entropy in place of the divergence: the same steps, up to the noise of a small tail.
+    falls = [(run[0] - run[-1]) / (online[0] - online[-1]) for run in (drawn, both)]
+    assert falls[1] == pytest.approx(1, abs=0.05)
+    assert abs(falls[1] - 1) < abs(falls[0] - 1)
 
 
 def test_a_text_that_the_teacher_never_saw_is_refused_before_a_step(teacher, student, tmp_path):

@@ -19,7 +19,15 @@ def build(run, data, *options):
     return run("cache", "build", "--teacher", TEACHER, "--data", data, *options)
 
 
-@pytest.mark.parametrize("options", [(), ("--kind", "top-k", "--k", 8), ("--kind", "sampled", "--draws", 20)])
+KINDS = [
+    (),
+    ("--kind", "top-k", "--k", 8),
+    ("--kind", "sampled", "--draws", 20),
+    ("--kind", "hybrid", "--k", 8, "--draws", 4),
+]
+
+
+@pytest.mark.parametrize("options", KINDS)
 def test_a_cache_is_built_looked_at_and_asked_again(run, data, options):
     code, out, err = build(run, data, "--out", "c", *options)
     assert code == 0, err
@@ -58,6 +66,7 @@ def test_a_stale_cache_fails_the_inspection(run, data):
         (("--max-size", "some"), "expected a size such as 20GB"),
         (("--kind", "logits"), "expected a kind among hidden, top-k, sampled"),
         (("--kind", "top-k", "--k", 100_000), "expected k of at most"),
+        (("--kind", "hybrid", "--k", 100_000), "expected k of at most"),
         (("--temperature", 2), "expected a temperature with the kind top-k only"),
         (("--response-column", "answer"), "expected a response in every example, got 9 without one"),
         (("--max-tokens", 0), "expected max_tokens of at least 1"),

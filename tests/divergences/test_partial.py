@@ -1,6 +1,7 @@
 """Laws known in part: bounds from a bucket, unbiasedness from draws."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from klkit.divergences.adaptive import head_weight
 from klkit.divergences.alpha_beta import alpha_beta_divergence
 from klkit.divergences.kl import cross_entropy, kl, reverse_kl
-from klkit.divergences.partial import Sampled, TopK, bucketed, head_bracket, sampled_cross_entropy
+from klkit.divergences.partial import Hybrid, Sampled, TopK, bucketed, head_bracket, sampled_cross_entropy
 from klkit.objectives.distill_losses import LOSSES, token_loss
 
 GOLDEN_P = torch.tensor([[0.4, 0.3, 0.15, 0.1, 0.05]], dtype=torch.float64).log()
@@ -152,6 +153,29 @@ def test_draws_are_unbiased_for_the_cross_entropy_by_enumeration():
 def test_a_share_of_zero_pads_a_row():
     law = Sampled(torch.tensor([[1, 0]]), torch.tensor([[1.0, 0.0]]))
     assert float(sampled_cross_entropy(law, torch.tensor([[0.0, 1.0]]).log())) == 0.0
+
+
+def test_known_tokens_and_draws_are_unbiased_for_the_cross_entropy_and_its_gradient_by_enumeration():
+    p = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05], dtype=torch.float64)
+    z = torch.tensor([[0.1, -0.4, 0.7, 0.2, -1.0]], dtype=torch.float64, requires_grad=True)
+    wanted = cross_entropy(p.log()[None], z.log_softmax(-1)).sum()
+    (slope,) = torch.autograd.grad(wanted, z)
+    draws = torch.tensor(list(itertools.product((2, 3, 4), repeat=3)))
+    chance, n = (p[draws] / 0.3).prod(1), len(draws)
+    some = torch.tensor([0, 1])
+    law = Hybrid(
+        some.expand(n, -1),
+        p.log()[some].expand(n, -1),
+        torch.full((n,), 0.3, dtype=torch.float64).log(),
+        draws,
+        p.log()[draws],
+        torch.ones(n, dtype=torch.bool),
+    )
+    found = chance @ sampled_cross_entropy(law.sampled(), z.log_softmax(-1).expand(n, -1))
+    (grad,) = torch.autograd.grad(found, z)
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-12)
+    torch.testing.assert_close(grad, slope, rtol=1e-12, atol=1e-14)
+    assert float(law.top().log_rest[0]) == pytest.approx(math.log(0.3))
 
 
 def test_ids_out_of_range():

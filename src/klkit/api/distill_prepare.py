@@ -14,7 +14,7 @@ from torch import Tensor
 from klkit.api.distill_plan import Distillation
 from klkit.api.train import FEWEST_HELD_OUT, HELD_OUT_SHARE, MOST_HELD_OUT, name_base
 from klkit.caches.cache import TeacherCache
-from klkit.divergences.partial import Sampled, TopK
+from klkit.divergences.partial import Hybrid, Sampled, TopK
 from klkit.files import write_text
 from klkit.models.base import VocabularyMismatch
 from klkit.models.hf import HuggingFaceModel
@@ -185,10 +185,12 @@ def open_cache(
         temperature=recipe.temperature,
     )
     kind = type(cache.rows([0]))
+    if kind is Hybrid:  # trained from as weighted draws
+        kind = Sampled
     if kind is Sampled and not loss.linear_in_p:
         raise ValueError(
-            f"expected forward_kl with a sampled cache, got {loss.spec}: draws give without bias only what is linear "
-            f"in the teacher's law; train with --loss forward_kl, or build the cache with --kind top-k or hidden"
+            f"expected forward_kl with a {cache.kind} cache, got {loss.spec}: draws give without bias only what is "
+            f"linear in the teacher's law; train with --loss forward_kl, or build the cache with --kind top-k or hidden"
         )
     if kind is TopK and not loss.merging_lowers and loss.head is None:
         raise ValueError(

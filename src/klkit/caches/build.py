@@ -262,7 +262,7 @@ def _ask(teacher: LanguageModel, strings: Sequences, first: int, plan: Manifest)
             f"dtype=float32. Nothing before this shard is lost: repeat the command to go on"
         )
     examples = torch.arange(first, first + len(strings))
-    return record(teacher, hidden, plan.recording, size=plan.size, examples=examples, lengths=strings.lengths)
+    return record(teacher, hidden, plan.recording, strings, size=plan.size, examples=examples)
 
 
 def _finished(folder: Path, plan: Manifest) -> TeacherCache:

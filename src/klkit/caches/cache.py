@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +19,7 @@ from klkit.caches.recording import HIDDEN, Law, law
 from klkit.caches.shards import CacheError, Shard
 from klkit.caches.source import Data, Teacher, data_changes, teacher_changes, token_digest
 from klkit.divergences.linear import Head
-from klkit.divergences.partial import Hidden
+from klkit.divergences.partial import Hidden, Hybrid
 from klkit.files import file_digest
 from klkit.models.base import LanguageModel, Vocabulary
 from klkit.sequences import Sequences
@@ -75,7 +76,7 @@ class TeacherCache:
 
     @property
     def kind(self) -> str:
-        """``hidden``, ``top-k`` or ``sampled``."""
+        """``hidden``, ``top-k``, ``sampled`` or ``hybrid``."""
         return self.manifest.recording.kind
 
     @property
@@ -92,7 +93,7 @@ class TeacherCache:
             size: ids that the laws shall be over, where a student's table has fewer rows.
 
         Returns:
-            :class:`klkit.divergences.partial.Hidden`, ``TopK`` or ``Sampled``, one row a decision.
+            :class:`klkit.divergences.partial.Hidden`, ``TopK``, ``Sampled`` or ``Hybrid``, one row a decision.
 
         Raises:
             IndexError: there is no such string.
@@ -105,8 +106,10 @@ class TeacherCache:
         if not found:
             found = [self._nothing()]
         tensors = {name: torch.cat([part[name] for part in found]) for name in found[0]}
-        laws = law(self.kind, tensors, head=self._output_head(), temperature=self.manifest.recording.temperature)
-        return laws if size is None or size >= self.manifest.size else self._cut(laws, size)
+        manifest = self.manifest
+        options: dict[str, Any] = {"temperature": manifest.recording.temperature, "size": manifest.size}
+        laws = law(self.kind, tensors, head=self._output_head(), **options)
+        return laws if size is None or size >= manifest.size else self._cut(laws, size)
 
     def strings(self, indices: Sequence[int]) -> Sequences:
         """The strings themselves, as the model read them.
@@ -204,7 +207,8 @@ class TeacherCache:
     def _cut(self, laws: Law, size: int) -> Law:
         if isinstance(laws, Hidden):
             return replace(laws, head=laws.head.cut(size))
-        if laws.tokens.numel() and int(laws.tokens.max()) >= size:
+        ids = torch.cat([laws.tokens, laws.draws], 1) if isinstance(laws, Hybrid) else laws.tokens
+        if ids.numel() and int(ids.max()) >= size:
             raise CacheError(
                 f"expected laws over the {size} ids of the student, got some over {self.manifest.size} in {self.path}, "
                 f"whose teacher gives mass to ids that the student lacks; build the cache with --kind hidden"

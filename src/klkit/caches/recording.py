@@ -4,6 +4,8 @@ kind       kept for each decision                                   what can be 
 hidden     the vector before the output head, in its own format     the law itself, up to the rounding of a product
 top-k      k ids, their log-probabilities, that of all others       a lower bound of every f-divergence
 sampled    the different ones among so many draws, with counts      anything linear in the law, without bias
+hybrid     k ids and draws from the others, log-probabilities of    the divergence of any q from it without bias, next
+           all, and entropy, variance, probability of ending        to exact; the bound of top-k; anything linear
 """
 
 from __future__ import annotations
@@ -17,18 +19,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from klkit.divergences.fused import end_coin
 from klkit.divergences.linear import Head
-from klkit.divergences.partial import Hidden, Sampled, TopK
+from klkit.divergences.partial import Hidden, Hybrid, Sampled, Scalars, TopK
 from klkit.models.base import LanguageModel, head_of, read_rows
-from klkit.numerics import log_softmax
+from klkit.numerics import FLOOR, log_softmax
 from klkit.rng import stream
+from klkit.sequences import Sequences
 
-HIDDEN, TOP_K, SAMPLED = "hidden", "top-k", "sampled"
-KINDS = (HIDDEN, TOP_K, SAMPLED)
+HIDDEN, TOP_K, SAMPLED, HYBRID = "hidden", "top-k", "sampled", "hybrid"
+KINDS = (HIDDEN, TOP_K, SAMPLED, HYBRID)
 MOST_DRAWS = 32767
 HEAD_MASS = 0.5  # mass of a head whose coverage is counted
 
-Law = Hidden | TopK | Sampled
+Law = Hidden | TopK | Sampled | Hybrid
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +40,11 @@ class Recording:
     """How laws are recorded.
 
     Attributes:
-        kind: ``hidden``, ``top-k`` or ``sampled``.
-        k: tokens that are kept of a law (top-k).
-        draws: draws from a law, with replacement (sampled).
+        kind: ``hidden``, ``top-k``, ``sampled`` or ``hybrid``.
+        k: likeliest tokens that are kept of a law (top-k, hybrid).
+        draws: draws from a law (sampled), or from its other tokens (hybrid), with replacement.
         temperature: at which the law is taken (top-k): one of which a part is known cannot be tempered later.
-        seed: names the draws (sampled).
+        seed: names the draws (sampled, hybrid).
 
     Raises:
         ValueError: the kind is unknown, or a number is out of range.
@@ -78,6 +82,7 @@ class Recording:
             HIDDEN: ("kind",),
             TOP_K: ("kind", "k", "temperature"),
             SAMPLED: ("kind", "draws", "seed"),
+            HYBRID: ("kind", "k", "draws", "seed"),
         }
         return {name: value for name, value in asdict(self).items() if name in matter[self.kind]}
 
@@ -111,7 +116,7 @@ class Coverage:
         """Means over decisions, for people."""
         count = max(self.decisions, 1)
         found = {"mean_entropy": self.entropy / count, "largest_unused_mass": self.unused}
-        if kind == TOP_K:
+        if kind in (TOP_K, HYBRID):
             return {"mean_mass": self.mass / count, "heads_covered": self.heads / count, **found}
         return {"mean_different_tokens": self.different / count, **found} if kind == SAMPLED else {}
 
@@ -127,9 +132,9 @@ def require_recordable(model: LanguageModel, recording: Recording) -> None:
     if recording.kind == HIDDEN and head_of(model) is None:
         raise ValueError(
             f"expected a model whose logits are a linear map of hidden states for the kind hidden, got {model.name}, "
-            f"whose are not; use --kind top-k or sampled"
+            f"whose are not; use --kind top-k, sampled or hybrid"
         )
-    if recording.kind == TOP_K and recording.k > size:
+    if recording.kind in (TOP_K, HYBRID) and recording.k > size:
         raise ValueError(f"expected k of at most {size}, the vocabulary of {model.name}, got {recording.k}; lower it")
 
 
@@ -137,23 +142,25 @@ def record(
     model: LanguageModel,
     hidden: Float[Tensor, "m d"],
     recording: Recording,
+    strings: Sequences,
     *,
     size: int,
     examples: Int[Tensor, " n"],
-    lengths: Int[Tensor, " n"],
 ) -> tuple[dict[str, Tensor], Coverage]:
     """What is kept of the laws that trunk vectors stand for, and what that covers.
 
     Args:
+        strings: whose decisions these are.
         size: ids that the laws are taken over: later ones are left out of the softmax.
         examples: global index of each string, which names its draws.
-        lengths: decisions of each string.
     """
     if recording.kind == HIDDEN:
         return {"hidden": hidden.cpu().contiguous()}, Coverage(decisions=len(hidden))
-    strings = zip(examples.tolist(), lengths.tolist(), strict=True) if recording.kind == SAMPLED else ()
+    drawn = recording.kind in (SAMPLED, HYBRID)
+    each = zip(examples.tolist(), strings.lengths.tolist(), strict=True) if drawn else ()
     none = torch.empty(0, recording.draws, dtype=torch.float64)
-    uniform = torch.cat([none, *(_uniform(recording, example, length) for example, length in strings)])
+    uniform = torch.cat([none, *(_uniform(recording, example, length) for example, length in each)])
+    tokens, ends = strings.targets(), model.vocabulary.ends
     parts: list[dict[str, Tensor]] = []
     coverage = Coverage()
     start = 0
@@ -162,7 +169,12 @@ def record(
         if recording.temperature != 1.0:
             logp = log_softmax(logp / recording.temperature)
         rows = slice(start, start + len(logp))
-        kept, known = _likeliest(logp, recording.k) if recording.kind == TOP_K else _drawn(logp, uniform[rows])
+        if recording.kind == TOP_K:
+            kept, known = _likeliest(logp, recording.k)
+        elif recording.kind == SAMPLED:
+            kept, known = _drawn(logp, uniform[rows])
+        else:
+            kept, known = _both(logp, recording.k, uniform[rows], tokens[rows], ends)
         parts.append(kept)
         # 0 · -inf is the limit 0; a finite stand-in for the logarithm keeps a large row from a second pass.
         entropy = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
@@ -180,13 +192,26 @@ def record(
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, coverage
 
 
-def law(kind: str, tensors: Mapping[str, Tensor], *, head: Head | None, temperature: float) -> Law:
-    """The laws that were recorded as ``tensors``; draws are laid out in rows, padded with shares of 0."""
+def law(
+    kind: str, tensors: Mapping[str, Tensor], *, head: Head | None, temperature: float, size: int | None = None
+) -> Law:
+    """The laws over ``size`` ids that were recorded as ``tensors``; of draws that coincide, each id comes once."""
     if kind == HIDDEN:
         assert head is not None
         return Hidden(tensors["hidden"], head)
     if kind == TOP_K:
         return TopK(tensors["ids"].long(), tensors["logp"], tensors["rest"], temperature)
+    if kind == HYBRID:
+        return Hybrid(
+            tensors["ids"].long(),
+            tensors["logp"],
+            tensors["rest"],
+            tensors["draws"].long(),
+            tensors["logp_draws"],
+            tensors["whole"],
+            size,
+            Scalars(*(tensors[name] for name in ("text", "entropy", "variance", "coin"))),
+        )
     unique = tensors["unique"].long()
     width = max(1, int(unique.max())) if len(unique) else 1
     inside = torch.arange(width) < unique[:, None]
@@ -216,10 +241,7 @@ def _likeliest(logp: Float[Tensor, "c v"], k: int) -> tuple[dict[str, Tensor], F
 
 def _drawn(logp: Float[Tensor, "c v"], uniform: Float[Tensor, "c s"]) -> tuple[dict[str, Tensor], Float[Tensor, " c"]]:
     """Draws by the inverse of the distribution function: ids in order, each once, with how often it came."""
-    reached = logp.double().exp().cumsum(-1)
-    # Tokens of probability 0 reach no further than the one before them, and are never the first beyond a number.
-    draws = torch.searchsorted(reached, uniform.to(reached.device) * reached[:, -1:], right=True)
-    draws = draws.clamp_(max=logp.shape[1] - 1).sort(dim=-1).values.cpu()
+    draws = _inverse(logp, uniform).sort(dim=-1).values.cpu()
     first = torch.ones_like(draws, dtype=torch.bool)
     first[:, 1:] = draws[:, 1:] != draws[:, :-1]
     place = first.flatten().nonzero()[:, 0]
@@ -237,6 +259,45 @@ def _drawn(logp: Float[Tensor, "c v"], uniform: Float[Tensor, "c s"]) -> tuple[d
     return kept, known
 
 
+def _inverse(logp: Float[Tensor, "c v"], uniform: Float[Tensor, "c s"]) -> Int[Tensor, "c s"]:
+    """What the inverse of the distribution function makes of numbers in [0, 1)."""
+    reached = logp.double().exp().cumsum(-1)
+    # Tokens of probability 0 reach no further than the one before them, and are never the first beyond a number.
+    draws = torch.searchsorted(reached, uniform.to(reached.device) * reached[:, -1:], right=True)
+    return draws.clamp_(max=logp.shape[1] - 1)
+
+
+def _both(
+    logp: Float[Tensor, "c v"],
+    k: int,
+    uniform: Float[Tensor, "c s"],
+    tokens: Int[Tensor, " c"],
+    ends: tuple[int, ...],
+) -> tuple[dict[str, Tensor], Float[Tensor, " c"]]:
+    """The likeliest, draws from the others, and what cannot be had from these."""
+    kept, known = _likeliest(logp, k)
+    ids, rest = kept["ids"].long().to(logp.device), kept["rest"].to(logp)
+    there = (rest > -torch.inf)[:, None]
+    # Relative to their sum: a tail of hardly any mass has a law like any other.
+    tail = logp.scatter(-1, ids, -torch.inf) - rest[:, None].where(there, 0.0)
+    draws = torch.where(there, _inverse(tail, uniform), 0)
+    tokens = tokens.to(logp.device)
+    text = logp.gather(-1, tokens.clamp(max=logp.shape[1] - 1)[:, None])[:, 0]
+    p, level = logp.exp(), logp.clamp(min=FLOOR)
+    entropy = -(p * level).sum(-1)
+    ends = tuple(end for end in ends if end < logp.shape[1])
+    kept |= {
+        "draws": draws.to(torch.int32).cpu(),
+        "logp_draws": logp.gather(-1, draws).where(there, -torch.inf).float().cpu(),
+        "whole": (logp.amin(-1) > -torch.inf).cpu(),
+        "text": text.masked_fill(tokens >= logp.shape[1], -torch.inf).float().cpu(),
+        "entropy": entropy.clamp(min=0.0).float().cpu(),
+        "variance": (p * (level + entropy[:, None]).square()).sum(-1).float().cpu(),
+        "coin": end_coin(logp, ends, torch.zeros_like(rest, dtype=torch.float64)).float().cpu(),
+    }
+    return kept, known
+
+
 def _uniform(recording: Recording, example: int, length: int) -> Float[Tensor, "t s"]:
     """Random numbers of a string, whatever else is in its batch."""
     generator = stream(recording.seed, "teacher", example)
@@ -244,9 +305,15 @@ def _uniform(recording: Recording, example: int, length: int) -> Float[Tensor, "
 
 
 def _nothing(recording: Recording) -> dict[str, Tensor]:
-    if recording.kind == TOP_K:
+    one = torch.empty(0)
+    if recording.kind in (TOP_K, HYBRID):
         ids = torch.empty(0, recording.k, dtype=torch.int32)
-        return {"ids": ids, "logp": ids.float(), "rest": torch.empty(0)}
+        kept = {"ids": ids, "logp": ids.float(), "rest": one}
+        if recording.kind == TOP_K:
+            return kept
+        draws = torch.empty(0, recording.draws, dtype=torch.int32)
+        kept |= {"draws": draws, "logp_draws": draws.float(), "whole": one.bool(), "coin": torch.empty(0, 2)}
+        return kept | dict.fromkeys(("text", "entropy", "variance"), one)
     return {
         "ids": torch.empty(0, dtype=torch.int32),
         "counts": torch.empty(0, dtype=torch.int16),

@@ -25,7 +25,12 @@ from klkit.sequences import Sequences
 
 DAMAGED = ".damaged"
 COVERAGE = "coverage"
-ROWS = {"hidden": ("hidden",), "top-k": ("ids", "logp", "rest"), "sampled": ("unique",)}
+ROWS = {
+    "hidden": ("hidden",),
+    "top-k": ("ids", "logp", "rest"),
+    "sampled": ("unique",),
+    "hybrid": ("ids", "logp", "rest", "draws", "logp_draws", "whole", "text", "entropy", "variance", "coin"),
+}
 """Tensors with one row a decision, by kind."""
 DRAWN = ("ids", "counts")
 """Tensors with one entry a different token that was drawn."""

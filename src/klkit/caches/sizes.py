@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from klkit.caches.recording import HIDDEN, TOP_K, Recording
+from klkit.caches.recording import HIDDEN, HYBRID, TOP_K, Recording
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SPARE = 64 << 20  # what is left on a disk that a cache just fits on
@@ -81,6 +81,8 @@ def cache_size(
         head = vocabulary * (width + bias) * dtype.itemsize
     elif recording.kind == TOP_K:
         decision = 8 * recording.k + 4
+    elif recording.kind == HYBRID:
+        decision = 8 * (recording.k + recording.draws) + 25  # masses of tail, text and end, two moments, and a flag
     else:
         decision = 6 * min(recording.draws, vocabulary) + 2
     return CacheSize(
@@ -98,7 +100,7 @@ def require_room(size: CacheSize, path: Path, most: int | None) -> None:
     Raises:
         ValueError: it is.
     """
-    ways = "record fewer examples, or a smaller kind (top-k, sampled), or fewer tokens of each law"
+    ways = "record fewer examples, or a smaller kind (top-k, sampled, hybrid), or fewer tokens of each law"
     if most is not None and size.total > most:
         raise ValueError(f"expected a cache of at most {readable(most)}, got one of {readable(size.total)}; {ways}")
     folder = next(place for place in (path, *path.absolute().parents) if place.exists())

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from klkit.caches.cache import TeacherCache
 from klkit.caches.recording import SAMPLED, Law, record
 from klkit.caches.recording import law as law_of
-from klkit.divergences.partial import Hidden, Sampled, TopK
+from klkit.divergences.partial import Hidden, Hybrid, Sampled, TopK
 from klkit.models.base import LanguageModel
 from klkit.numerics import log_softmax
 from klkit.rng import numpy_stream
@@ -30,7 +30,7 @@ class Agreement:
         examples: that were asked again.
         decisions: of these.
         largest: total variation between the two laws of a decision, at most; for a sampled cache, the share of all
-            draws that come out otherwise.
+            draws that come out otherwise; for a hybrid one, with the tail's share of it as the draws have it.
         tolerance: what rounding explains.
     """
 
@@ -71,15 +71,16 @@ def compare(cache: TeacherCache, teacher: LanguageModel, *, count: int = 8, seed
         decisions += strings.decisions
         hidden = teacher.encode(strings)
         before = cache.rows([index])
-        if isinstance(before, Hidden):
+        if isinstance(before, Hidden | Hybrid):
             # The read-out is asked again, too: its weights are part of what was recorded.
-            now = teacher.readout(hidden).cpu()[:, : before.size]
-            found.append(_variation(log_softmax(before.rows(slice(0, len(before)))), log_softmax(now)))
+            now = log_softmax(teacher.readout(hidden).cpu()[:, : before.size])
+            if isinstance(before, Hidden):
+                found.append(_variation(log_softmax(before.rows(slice(0, len(before)))), now))
+            else:
+                found.append(_hybrid_variation(before, now, strings.targets()))
         else:
             recording, one = cache.manifest.recording, torch.tensor([index])
-            kept, _ = record(
-                teacher, hidden, recording, size=cache.manifest.size, examples=one, lengths=strings.lengths
-            )
+            kept, _ = record(teacher, hidden, recording, strings, size=cache.manifest.size, examples=one)
             found += _differences(before, law_of(cache.kind, kept, head=None, temperature=recording.temperature))
     eps = torch.finfo(getattr(torch, cache.manifest.teacher.dtype)).eps
     if cache.kind == SAMPLED:
@@ -90,6 +91,20 @@ def compare(cache: TeacherCache, teacher: LanguageModel, *, count: int = 8, seed
 
 def _variation(logp: Float[Tensor, "m v"], other: Float[Tensor, "m v"]) -> float:
     return float((logp.exp() - other.to(logp.device).exp()).abs().sum(-1).max()) / 2
+
+
+def _hybrid_variation(law: Hybrid, logp: Float[Tensor, "m v"], tokens: Int[Tensor, " m"]) -> float:
+    """Over what is known, and over the tail: half the mean of ``|1 − ratio|`` over draws, times the tail's mass."""
+    logp = logp.double()
+    rest = law.rest.double().exp()
+    known = (law.logp.double().exp() - logp.gather(-1, law.tokens).exp()).abs().sum(-1)
+    tail = (rest - logp.scatter(-1, law.tokens, -torch.inf).exp().sum(-1)).abs()
+    ratio = (logp.gather(-1, law.draws) - law.logp_draws.double()).nan_to_num(nan=0.0)  # nothing drawn, or both exclude
+    inside = rest * torch.expm1(ratio).abs().mean(-1)
+    assert law.scalars is not None
+    own = logp.gather(-1, tokens.clamp(max=logp.shape[-1] - 1)[:, None])[:, 0].exp()
+    text = (law.scalars.logp.double().exp() - own).where(tokens < logp.shape[-1], 0.0)
+    return float(torch.maximum((known + torch.maximum(tail, inside)) / 2, text.abs()).max())
 
 
 def _differences(before: Law, now: Law) -> list[float]:

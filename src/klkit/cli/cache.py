@@ -25,7 +25,9 @@ EXAMPLES = """[bold]Examples[/bold]
 
 klkit cache build --teacher org/large --data train.jsonl --out cache
 
-klkit cache build --teacher org/large --data train.jsonl --kind top-k --k 128 --max-size 20GB --out cache"""
+klkit cache build --teacher org/large --data train.jsonl --kind top-k --k 128 --max-size 20GB --out cache
+
+klkit cache build --teacher org/large --data train.jsonl --kind hybrid --k 256 --draws 16 --out cache"""
 
 
 @cache_app.command("build", epilog=EXAMPLES)
@@ -36,12 +38,13 @@ def build_command(
     ],
     out: Annotated[Path, typer.Option(help="Folder of the cache; an unfinished one is continued.", show_default=False)],
     kind: Annotated[
-        str, typer.Option(help="hidden (exact), top-k (lower bounds), sampled (forward KL only).")
+        str,
+        typer.Option(help="hidden (exact), top-k (lower bounds), sampled (forward KL only), hybrid (KL without bias)."),
     ] = "hidden",
-    k: Annotated[int, typer.Option(help="top-k: tokens that are kept of a law.")] = 64,
+    k: Annotated[int, typer.Option(help="top-k, hybrid: likeliest tokens that are kept of a law.")] = 64,
     temperature: Annotated[float, typer.Option(help="top-k: at which the law is taken.")] = 1.0,
-    draws: Annotated[int, typer.Option(help="sampled: draws from a law.")] = 64,
-    seed: Annotated[int, typer.Option(help="sampled: names the draws.")] = 0,
+    draws: Annotated[int, typer.Option(help="sampled, hybrid: draws from a law, or from its other tokens.")] = 64,
+    seed: Annotated[int, typer.Option(help="sampled, hybrid: names the draws.")] = 0,
     max_tokens: Annotated[int, typer.Option(help="Longest response, as in the run that reads the cache.")] = 256,
     prompt_column: Annotated[str, typer.Option(help="Field that holds the prompts.")] = "prompt",
     response_column: Annotated[str, typer.Option(help="Field that holds the responses.")] = "response",

@@ -131,8 +131,8 @@ def row_statistics(
     norms = norms_of(sums, found)
     lost_mass, excluded = _excluded(logits_p, logits_q, sums, found)
     log_norm_q = found.log_mass_q + sums.greatest
-    coin_p = _coin(logits_p, ends, sums.reference + found.log_mass_p)
-    coin_q = _coin(logits_q, ends, log_norm_q)
+    coin_p = end_coin(logits_p, ends, sums.reference + found.log_mass_p)
+    coin_q = end_coin(logits_q, ends, log_norm_q)
     drawn = tokens[:, None]
     logp = logits_p.gather(1, drawn)[:, 0].double() - sums.reference - found.log_mass_p
     logq = logits_q.gather(1, drawn)[:, 0].double() - log_norm_q
@@ -186,7 +186,7 @@ def _excluded(a: Tensor, b: Tensor, sums: RowSums, found: RowValues) -> tuple[Te
     return mass, token
 
 
-def _coin(a: Tensor, ends: tuple[int, ...], log_norm: Float[Tensor, " m"]) -> Float[Tensor, "m 2"]:
+def end_coin(a: Tensor, ends: tuple[int, ...], log_norm: Float[Tensor, " m"]) -> Float[Tensor, "m 2"]:
     """Log-probabilities of ending here and of going on.
 
     Where ending is the likelier, going on is summed from its own tokens: one minus the other would have no

@@ -1,14 +1,15 @@
 """Next-token laws as they come: logits, hidden states with a head, or only a part of the law.
 
-A part is either the likeliest tokens with one bucket for all others, or a sample. What can be said from a part is
-less, and it is said here: merging tokens into a bucket never raises an f-divergence, so that a bucket gives a lower
-bound, and a sample gives without bias what is linear in the law, and nothing else.
+A part is the likeliest tokens with one bucket for all others, or a sample, or both: the likeliest tokens and a sample
+of all others. What can be said from a part is less, and it is said here: merging tokens into a bucket never raises an
+f-divergence, so that a bucket gives a lower bound, and a sample gives without bias what is linear in the law, and
+nothing else.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -105,6 +106,75 @@ class Sampled:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+
+class Scalars(NamedTuple):
+    """What was worked out of each whole law while it was at hand, ``(m,)`` each but for the last, in nats.
+
+    Attributes:
+        logp: log-probability of the text's token.
+        entropy: ``−Σ p log p``.
+        variance: of ``log p(a)`` for ``a`` drawn from ``p``.
+        coin: log-probabilities of ending here (all end tokens together) and of going on, ``(m, 2)``.
+    """
+
+    logp: Float[Tensor, " m"]
+    entropy: Float[Tensor, " m"]
+    variance: Float[Tensor, " m"]
+    coin: Float[Tensor, "m 2"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Hybrid:
+    """The likeliest tokens of each law with their exact log-probabilities, and draws from all others.
+
+    Attributes:
+        tokens: ids of the likeliest, all different in a row, ``(m, k)``.
+        logp: their log-probabilities under the whole law, likeliest first, ``(m, k)``, nats.
+        rest: log-probability of all other tokens together, ``(m,)``; ``-inf`` where nothing is left, or drawn.
+        draws: ids drawn from the other tokens in proportion to their probabilities, with replacement, ``(m, s)``.
+        logp_draws: their log-probabilities under the whole law, ``(m, s)``.
+        whole: whether the law gives every one of its tokens some probability, ``(m,)``.
+        size: ids that the law is over; None for all that the other one is over.
+        scalars: what else is known of each law; None if that is nothing.
+
+    Example:
+        >>> p = torch.tensor([[0.5, 0.25, 0.25]]).log()
+        >>> law = Hybrid(
+        ...     torch.tensor([[0]]), p[:, :1], torch.tensor([0.5]).log(), torch.tensor([[2, 2]]), p[:, [2, 2]],
+        ...     torch.tensor([True]),
+        ... )
+        >>> law.sampled().share.tolist()
+        [[0.5, 0.25, 0.25]]
+    """
+
+    tokens: Int[Tensor, "m k"]
+    logp: Float[Tensor, "m k"]
+    rest: Float[Tensor, " m"]
+    draws: Int[Tensor, "m s"]
+    logp_draws: Float[Tensor, "m s"]
+    whole: Bool[Tensor, " m"]
+    size: int | None = None
+    scalars: Scalars | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def to(self, device: torch.device) -> Hybrid:
+        """The same on a device."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {name: x.to(device) for name, x in columns.items() if isinstance(x, Tensor)}
+        scalars = None if self.scalars is None else Scalars(*(x.to(device) for x in self.scalars))
+        return replace(self, **moved, scalars=scalars)
+
+    def top(self) -> TopK:
+        """The same without the draws: a lower bound of every f-divergence."""
+        return TopK(self.tokens, self.logp, self.rest)
+
+    def sampled(self) -> Sampled:
+        """All of it as weighted draws: what is linear in the law has its mean, and noise from the tail alone."""
+        share = (self.rest.exp() / self.draws.shape[1])[:, None].expand(self.draws.shape)
+        return Sampled(torch.cat([self.tokens, self.draws], 1), torch.cat([self.logp.exp(), share], 1))
 
 
 def bucketed(

@@ -110,6 +110,11 @@ def remarks(strings: StringStatistics, contributions: NDArray[np.float64], *, gi
             f"the divergence is infinite (at {infinite} decisions p allows tokens that q excludes); this number is "
             f"finite only because no such token was drawn"
         )
+    if bool(strings.reverse_kl.isnan().any() & ~strings.kl.isnan().any()):
+        found.append(
+            "p's laws are known in part: the divergence of a decision is an unbiased estimate, whose noise is in the "
+            "error bars, and there is no reverse divergence or total variation"
+        )
     if given:
         found.append("contexts are a given text, not p's own responses: no statement about the laws over strings")
     elif strings.foreign:

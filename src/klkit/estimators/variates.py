@@ -127,13 +127,16 @@ def variates(statistics: TokenStatistics) -> Variates:
     innovations = torch.stack(
         [statistics.log_ratio.double() - rows.kl.double(), -rows.logp.double() - rows.entropy_p.double()], dim=1
     )
+    # Of laws that are known in part the variance is not known: the square of what was drawn has it for its mean.
+    ratio = rows.variance_ratio.double()
+    ratio = torch.where(ratio.isnan(), innovations[:, 0].square(), ratio)
     innovations = torch.cat([innovations, statistics.features.double()], dim=1)
     return Variates(
         end=(going_on - (1 - end_p))[:, None] * basis,
         other=(innovations[:, :, None] * basis[:, None, :]).flatten(1),
         going_on=going_on[:, None] * basis,
         end_p=end_p,
-        variance=torch.stack([end_p * (1 - end_p), rows.variance_ratio.double(), rows.variance_logp.double()], dim=1),
+        variance=torch.stack([end_p * (1 - end_p), ratio, rows.variance_logp.double()], dim=1),
         basis=basis,
     )
 

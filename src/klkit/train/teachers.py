@@ -12,7 +12,7 @@ from torch import Tensor
 
 from klkit.caches.cache import TeacherCache
 from klkit.divergences.linear import Head
-from klkit.divergences.partial import Hidden, Logits, Sampled, TopK
+from klkit.divergences.partial import Hidden, Hybrid, Logits, Sampled, TopK
 from klkit.models.base import Vocabulary, VocabularyMismatch, head_of
 from klkit.objectives.distill import Student
 from klkit.objectives.distill_losses import CROSS_ENTROPY, token_loss
@@ -95,7 +95,7 @@ class CachedTeacher:
             if not self._head:  # the same for every string, and as large as a vocabulary: it moves once
                 self._head.append(head_on(found.head, self.device))
             return Hidden(found.hidden.to(self.device), self._head[0])
-        return moved(found, self.device)
+        return moved(found.sampled() if isinstance(found, Hybrid) else found, self.device)
 
 
 def head_on(head: Head, device: str) -> Head:
