@@ -6,6 +6,8 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
+from tests.bank import INFINITE
+from tests.tiny import folder as tiny
 
 from klkit import exact, rng
 from klkit.api.candidates import Candidate
@@ -20,8 +22,6 @@ from klkit.models.spec import load
 from klkit.models.wrap import temperature
 from klkit.report.record import RunFolder, RunFolderError
 from klkit.sequences import Prompts
-from tests.bank import INFINITE
-from tests.tiny import folder as tiny
 
 
 def automata(count=3):

@@ -41,18 +41,15 @@ def test_round_trip_through_yaml():
         ({"text": "a.txt", "floor": "noise"}, "floor='noise'"),
         ({"floor": "loud"}, "batch, dtype, noise, none"),
         ({"unit": "bans"}, "bits"),
-<<<<<<< HEAD
         ({"group_column": "kind"}, "file of --prompts"),
         ({"group_column": "kind", "prompts": "a.csv", "divergence": "js"}, "not broken down"),
         ({"group_column": "kind", "text": "a.txt"}, "file of --prompts"),
         ({"token_js": 1}, "true or false"),
-=======
         ({"beam": 4}, "only the sums of bytes=True"),
         ({"bytes": True, "beam": 0}, "at least 1 for beam"),
         ({"bytes": True, "text": "a.txt"}, "text='a.txt'"),
         ({"bytes": True, "shared_only": True}, "shared_only=True"),
         ({"bytes": "yes"}, "true or false"),
->>>>>>> bytes
         ({"p": None}, "'p'"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from klkit.api.settings import DEFAULT_BEAM, Settings
-from klkit.models.base import LanguageModel
+from klkit.models.base import LanguageModel, Named
 from klkit.models.byte_level import BYTES, ByteLevel, byte_level
 from klkit.models.wrap import temperature
 
@@ -19,9 +19,9 @@ def over_bytes(model: LanguageModel, settings: Settings) -> ByteLevel:
     return byte_level(model, beam=settings.beam or DEFAULT_BEAM)
 
 
-def symbol_of(model: LanguageModel) -> str:
+def symbol_of(model: Named) -> str:
     """What the model chooses at each decision, in a word."""
-    return "byte" if model.vocabulary == BYTES else "token"
+    return "byte" if getattr(model, "vocabulary", None) == BYTES else "token"
 
 
 def cost_notes(*models: LanguageModel) -> tuple[str, ...]:

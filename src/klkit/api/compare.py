@@ -254,7 +254,7 @@ def other_direction(
     env: dict[str, Any],
     where: Path | None,
 ) -> Comparison:
-    """``KL(q‖p)`` from strings of the candidate itself: other strings than those of ``p``, so no pairing across them."""
+    """``KL(q‖p)`` from strings of the candidate itself: other strings for each, so nothing is paired."""
     backwards, processes = replace(settings, divergence="reverse_kl"), contest.processes
     began = time.monotonic()
 

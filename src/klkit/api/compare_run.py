@@ -180,8 +180,8 @@ def require_one_tokenizer(p: ModelSpec, candidates: Sequence[ModelSpec], setting
                 i, a, b = wrong[0]
                 raise VocabularyMismatch(
                     f"expected candidates over the tokens of p, got {name} with other strings for {len(wrong)} ids: id "
-                    f"{i} is {a!r} in {settings.common.p} and {b!r} there; a divergence between token choices needs one "
-                    f"tokenizer. Leave it out, or compare texts: klkit estimate with --bytes"
+                    f"{i} is {a!r} in {settings.common.p} and {b!r} there; a divergence between token choices needs "
+                    f"one tokenizer. Leave it out, or compare texts: klkit estimate with --bytes"
                 )
 
 

@@ -30,9 +30,9 @@ class CompareSettings:
         ValueError: no candidate, one given twice, or an option that would be ignored.
 
     Example:
-        >>> settings = CompareSettings.from_mapping({"p": "klkit:docs", "candidates": ["klkit:docs-int4", "round=int8"]})
+        >>> settings = CompareSettings.from_mapping({"p": "org/name", "candidates": ["org/other", "round=int8"]})
         >>> settings.pair(1).q
-        'klkit:docs,round=int8'
+        'org/name,round=int8'
     """
 
     common: Settings

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from klkit.api.assemble import from_text
+from klkit.api.batches import batches_of, describe, no_details
 from klkit.api.gather import Gathered
 from klkit.api.prepare import Pair, environment
 from klkit.api.run import shown_texts
 from klkit.api.settings import Settings
-from klkit.api.strings import batches_of, describe, no_details
 from klkit.api.text import Windows
 from klkit.caches.llamacpp import DEPTH, LlamaCppFile, first_token
 from klkit.caches.llamacpp_score import ScoredLaws, score_laws

@@ -19,7 +19,7 @@ from klkit.api.plan import Plan
 from klkit.api.settings import CAP_STRINGS, DEFAULT_BEAM, DEFAULT_STRINGS, Settings
 from klkit.api.strings import ALONE
 from klkit.models.align import align, context_note
-from klkit.models.base import LanguageModel
+from klkit.models.base import LanguageModel, Named
 from klkit.models.spec import ModelSpec, load_pair
 from klkit.models.wrap import innermost, temperature
 from klkit.sequences import Prompts
@@ -230,13 +230,13 @@ def environment(settings: Settings, pair: Pair) -> dict[str, Any]:
     }
 
 
-def model_digest(model: LanguageModel) -> str:
+def model_digest(model: Named) -> str:
     """What tells one set of weights from another: the digest of the model under any transformations, or its name."""
     inner: Any = innermost(model)
     return str(getattr(inner, "digest", inner.name))
 
 
-def alike(p: LanguageModel, q: LanguageModel) -> str:
+def alike(p: Named, q: Named) -> str:
     """What weights and adapters say of why two models might give the same numbers; empty where they say nothing.
 
     Example:

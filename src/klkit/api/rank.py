@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from klkit.stats.ranking import rank
 from torch import Tensor
 
 from klkit.api.compare_settings import CompareSettings
@@ -14,7 +15,6 @@ from klkit.estimators.strings import StringStatistics
 from klkit.ranking import Entry, Ranking
 from klkit.results import ESTIMANDS
 from klkit.stats.intervals import MINIMUM_CLUSTERS, cluster_totals, ratio_interval
-from klkit.stats.ranking import rank
 
 LEVEL = 0.95
 NOISE = 10.0  # times the floor: what is below is not clearly above it, where too few strings say more

@@ -11,7 +11,7 @@ import typer
 
 from klkit.cli import AUDIT_FAILED, INTERRUPTED
 from klkit.cli import options as shared
-from klkit.cli.options import HOW, WHAT, WHERE, with_batch_size
+from klkit.cli.options import WHAT, WHERE, with_batch_size
 
 if TYPE_CHECKING:
     from klkit.api.compare_settings import CompareSettings
@@ -106,10 +106,9 @@ def compare_command(
 
 def carry_out(settings: CompareSettings, folder: Path, resume: bool) -> Ranking:
     """Run the settings with progress; an interruption says how to go on."""
-    from klkit.cli.progress import Line, clock
-
     from klkit.api.compare_run import run_compare
     from klkit.api.prepare import device_of
+    from klkit.cli.progress import Line, clock
     from klkit.train.processes import open_processes
 
     line = Line()

@@ -194,6 +194,7 @@ def hybrid_statistics(
         end_p=coin_p[:, 0].exp().float(),
         end_q=coin_q[:, 0].exp().float(),
         end_kl=nonnegative_kl(coin_p, coin_q).float(),
+        confidence=likely[:, 0].exp().float(),
         top_p=best,
         top_q=logq.argmax(1),
         lost=torch.where(excludes, mass, found.lost).float(),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from klkit.divergences.linear import Head
 from klkit.models.automaton import Automaton
-from klkit.models.base import LanguageModel, NotTractable, Vocabulary, head_of
+from klkit.models.base import LanguageModel, Named, NotTractable, Vocabulary, head_of
 from klkit.numerics import log_softmax, mass_slack
 from klkit.sequences import Content, Sequences
 
@@ -144,7 +144,7 @@ def renamed(model: LanguageModel, name: str) -> Transformed:
     return Transformed(base=model, rows=lambda logp: logp, vocabulary=model.vocabulary, name=name, heads=_same)
 
 
-def innermost(model: LanguageModel) -> LanguageModel:
+def innermost(model: Named) -> LanguageModel:
     """The model under all transformations: what holds the weights.
 
     Example:
