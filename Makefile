@@ -37,6 +37,7 @@ bench: $(PEERS)
 
 coverage-table: $(STAMP)
 	$(BIN)/python benchmarks/interval_coverage.py
+	$(BIN)/python benchmarks/decisions.py
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

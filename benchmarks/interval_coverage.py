@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -350,6 +351,9 @@ def main() -> None:
     for section in sections(arguments.replications, arguments.jobs):
         print(section, end="\n\n", flush=True)
         written.append(section)
+    before = arguments.output.read_text(encoding="utf-8") if arguments.output.exists() else ""
+    kept = re.search(r"<!-- decisions -->\n.*?<!-- end -->", before, flags=re.S)  # of benchmarks/decisions.py
+    written += [kept[0]] if kept else []
     arguments.output.write_text("\n\n".join(written) + "\n", encoding="utf-8")
 
 

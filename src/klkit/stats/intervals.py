@@ -19,6 +19,9 @@ MINIMUM_CLUSTERS = 10  # below this no method is worth printing
 STUDENT_FROM = 400  # from here on Student's t is as good as resampling
 RESAMPLES = 1999  # (B + 1)·α/2 is a whole number at the usual levels
 CHUNK = 1 << 18  # resampled entries held at a time
+CERTAIN, CONSTANT = "exact: an infinite contribution", "exact: no variance"
+NO_INTERVAL = f"none (fewer than {MINIMUM_CLUSTERS} clusters)"
+ROUNDING = 1e-13  # of the largest total: residuals below it only say how sums were rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +136,13 @@ def ratio_interval(
     clusters = len(totals)
     value = float(totals.sum() / weights.sum())
     if np.isinf(totals).any():
-        return Interval(level, value, value, "exact: an infinite contribution")
+        return Interval(level, value, value, CERTAIN)
     if clusters < MINIMUM_CLUSTERS:
-        return Interval(level, float("nan"), float("nan"), f"none (fewer than {MINIMUM_CLUSTERS} clusters)")
+        return Interval(level, float("nan"), float("nan"), NO_INTERVAL)
     residuals = totals - value * weights
     # Equal up to the rounding of the sums: resampling would only study the rounding.
-    if np.abs(residuals).max() <= 1e-13 * max(np.abs(totals).max(), abs(value) * weights.max()):
-        return Interval(level, value, value, "exact: no variance")
+    if np.abs(residuals).max() <= ROUNDING * max(np.abs(totals).max(), abs(value) * weights.max()):
+        return Interval(level, value, value, CONSTANT)
     stderr = ratio_stderr(totals, weights)
     if method == "t" or (method == "auto" and clusters >= STUDENT_FROM):
         half = student_quantile((1 + level) / 2, clusters - 1) * stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 
 from klkit.stats.intervals import MINIMUM_CLUSTERS, cluster_totals
 from klkit.stats.student import student_quantile
+
+LARGEST = 1 << 40  # prompts at which Student's t is the normal law
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,25 +84,49 @@ def plan(
         1551
     """
     target = _target(contributions, weights, rtol, atol)
-    between, within, mean_size = _components(contributions, weights, cluster)
+    return allocate(
+        components(contributions, weights, cluster),
+        target,
+        lambda prompts: student_quantile((1 + level) / 2, max(1, prompts - 1)),
+        seconds_per_string=seconds_per_string,
+        seconds_per_prompt=seconds_per_prompt,
+        available_prompts=available_prompts,
+    )
+
+
+def allocate(
+    parts: Components,
+    target: float,
+    quantile: Callable[[int], float],
+    *,
+    seconds_per_string: float,
+    seconds_per_prompt: float,
+    available_prompts: int | None,
+) -> Plan:
+    """The cheapest prompts ``P`` and strings ``m`` with ``quantile(P) √((σ_b² + σ_w²/m)/P) ≤ target``.
+
+    Raises:
+        ValueError: ``available_prompts`` cannot give it however many strings are drawn.
+    """
+    between, within = parts.between, parts.within
     total = between + (0.0 if math.isnan(within) else within)
     spread = 0.0 if math.isnan(within) else within  # what further strings of one prompt can average away
     strings = 1
     if spread and seconds_per_prompt and seconds_per_string > 0:
         best = math.inf if between == 0 else math.sqrt(spread / between * seconds_per_prompt / seconds_per_string)
         # However dear a prompt is, an interval needs its ten.
-        strings = max(1, round(min(best, _prompts(total, target, level) / MINIMUM_CLUSTERS)))
-    prompts = _prompts(between + spread / strings, target, level)
+        strings = max(1, round(min(best, _prompts(total, target, quantile) / MINIMUM_CLUSTERS)))
+    prompts = _prompts(between + spread / strings, target, quantile)
     if available_prompts is not None and prompts > available_prompts:
-        prompts, strings = available_prompts, _strings(between, spread, available_prompts, target, level)
+        prompts, strings = available_prompts, _strings(between, spread, available_prompts, target, quantile)
     variance = (between + spread / strings) / prompts
     return Plan(
         prompts=prompts,
         strings_per_prompt=strings,
-        half_width=_quantile(level, prompts) * math.sqrt(variance),
+        half_width=quantile(prompts) * math.sqrt(variance),
         between=between,
         within=within,
-        design_effect=1 + (mean_size - 1) * between / total if total else 1.0,
+        design_effect=1 + (parts.strings - 1) * between / total if total else 1.0,
         seconds=prompts * (seconds_per_prompt + strings * seconds_per_string),
     )
 
@@ -118,10 +145,31 @@ def _target(
     return target
 
 
-def _components(
+@dataclass(frozen=True, slots=True)
+class Components:
+    """What a pilot says of its scatter: ``σ_b²``, ``σ_w²`` (NaN with one string a cluster), strings a cluster."""
+
+    between: float
+    within: float
+    strings: float
+
+
+def components(
     contributions: NDArray[np.float64], weights: NDArray[np.float64], cluster: NDArray[np.int64]
-) -> tuple[float, float, float]:
-    """``σ_b²``, ``σ_w²`` and strings a cluster (in the mean over strings), by analysis of variance."""
+) -> Components:
+    """Variance components of ``(contribution − R·weight)/mean weight`` between and within clusters.
+
+    Strings a cluster are their mean over strings.
+
+    Raises:
+        ValueError: fewer than two clusters.
+
+    Source: analysis of variance of a one-way layout; Cochran (1977), section 10.6.
+
+    Example:
+        >>> components(np.array([1.0, 3.0, 5.0, 7.0]), np.ones(4), np.array([0, 0, 1, 1]))
+        Components(between=7.0, within=2.0, strings=2.0)
+    """
     totals, sizes = cluster_totals(contributions, weights, cluster)
     clusters, n = len(totals), len(contributions)
     if clusters < 2:
@@ -132,30 +180,27 @@ def _components(
     mean_size = float(counts @ counts) / n
     mean_square_between = float(counts @ means**2) / (clusters - 1)
     if n == clusters:
-        return mean_square_between, math.nan, 1.0
+        return Components(mean_square_between, math.nan, 1.0)
     within = float(np.sum((residuals - means[unit]) ** 2)) / (n - clusters)
-    return max(0.0, (mean_square_between - within) * (clusters - 1) / (n - mean_size)), within, mean_size
+    between = max(0.0, (mean_square_between - within) * (clusters - 1) / (n - mean_size))
+    return Components(between, within, mean_size)
 
 
-def _quantile(level: float, prompts: int) -> float:
-    return student_quantile((1 + level) / 2, max(1, prompts - 1))
-
-
-def _prompts(variance: float, target: float, level: float) -> int:
-    """Smallest number, 10 or more, with ``t √(variance/prompts) ≤ target``."""
-    prompts = max(MINIMUM_CLUSTERS, math.ceil(variance * (student_quantile((1 + level) / 2, math.inf) / target) ** 2))
-    while _quantile(level, prompts) * math.sqrt(variance / prompts) > target:
+def _prompts(variance: float, target: float, quantile: Callable[[int], float]) -> int:
+    """Smallest number, 10 or more, with ``quantile √(variance/prompts) ≤ target``."""
+    prompts = max(MINIMUM_CLUSTERS, math.ceil(variance * (quantile(LARGEST) / target) ** 2))
+    while quantile(prompts) * math.sqrt(variance / prompts) > target:
         prompts += 1
     return prompts
 
 
-def _strings(between: float, within: float, prompts: int, target: float, level: float) -> int:
+def _strings(between: float, within: float, prompts: int, target: float, quantile: Callable[[int], float]) -> int:
     """Strings for each of ``prompts`` that bring the half-width down to ``target``."""
-    affordable = prompts * (target / _quantile(level, prompts)) ** 2 - between
+    affordable = prompts * (target / quantile(prompts)) ** 2 - between
     if affordable <= 0 or within == 0:
-        best = _quantile(level, prompts) * math.sqrt(between / prompts)
+        best = quantile(prompts) * math.sqrt(between / prompts)
         raise ValueError(
-            f"expected a half-width that {prompts} prompts can give, got a target of {target:.4g}; the variance "
+            f"expected a precision that {prompts} prompts can give, got a target of {target:.4g}; the variance "
             f"between prompts alone leaves {best:.4g} however many strings are drawn: add prompts"
         )
     return math.ceil(within / affordable)
