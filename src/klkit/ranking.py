@@ -22,7 +22,7 @@ class Entry:
         result: ``p`` against it, as ``klkit estimate`` gives it.
         per_token: the same divergence per token; of a fixed text the headline itself.
         size: of its weights: ``file_bytes``, ``parameters``, ``bits_per_weight``, ``nominal``; empty if not known.
-        floor: against the numerical floor on the same strings: ``verdict``, ``difference``, ``lower``, ``upper``, ``n``.
+        floor: against the numerical floor: ``verdict``, ``difference``, ``lower``, ``upper``, ``n``.
         reverse: ``KL(q‖p)`` from the candidate's own strings, if it was asked for.
     """
 
@@ -80,7 +80,7 @@ class Ranking:
         return tuple(self.entries[j].name for j in self.ranked if j in others)
 
     def frontier(self) -> tuple[str, ...]:
-        """Names of the candidates that no smaller file is as close to ``p`` as, by the estimates; sizes must be known."""
+        """Names of the candidates that no smaller file beats, by the estimates; those of known size alone."""
         sized = [
             (e.size["file_bytes"], e.result.headline.value, e.name) for e in self.entries if e.size.get("file_bytes")
         ]

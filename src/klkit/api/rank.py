@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from klkit.stats.ranking import rank
 from torch import Tensor
 
 from klkit.api.compare_settings import CompareSettings
@@ -15,6 +14,7 @@ from klkit.estimators.strings import StringStatistics
 from klkit.ranking import Entry, Ranking
 from klkit.results import ESTIMANDS
 from klkit.stats.intervals import MINIMUM_CLUSTERS, cluster_totals, ratio_interval
+from klkit.stats.ranking import rank
 
 LEVEL = 0.95
 NOISE = 10.0  # times the floor: what is below is not clearly above it, where too few strings say more
@@ -90,10 +90,8 @@ def against_floor(strings: StringStatistics, floor: Float[Tensor, " k"]) -> dict
     kl, cluster = strings.kl.numpy()[:n], strings.cluster.numpy()[:n]
     totals, weights = cluster_totals(kl - noise, np.ones(n), cluster)
     interval = ratio_interval(totals, weights, level=LEVEL)
-    if len(totals) < MINIMUM_CLUSTERS:
-        above = float(kl.mean()) > NOISE * float(noise.mean())
-    else:
-        above = interval.lower > 0
+    few = len(totals) < MINIMUM_CLUSTERS
+    above = float(kl.mean()) > NOISE * float(noise.mean()) if few else interval.lower > 0
     return {
         "verdict": "above the floor" if above else "at the floor",
         "difference": float(totals.sum() / n),

@@ -193,8 +193,8 @@ def read_shard(folder: Path, index: int) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise CacheError(
-            f"expected a whole shard {index:05d} in {folder}, got: {error}; delete its file and repeat the command with "
-            f"--resume: only what is missing is asked of the model again"
+            f"expected a whole shard {index:05d} in {folder}, got: {error}; delete its file and repeat the command "
+            f"with --resume: only what is missing is asked of the model again"
         ) from error
 
 
@@ -202,8 +202,8 @@ def strings_of(tensors: Mapping[str, Tensor]) -> Sequences:
     """The strings of a shard that was read whole, as the model read them.
 
     Example:
-        >>> flat = {"tokens": torch.tensor([5, 1, 5, 2, 0]), "start": torch.ones(2).long(), "stop": torch.tensor([2, 3])}
-        >>> flat |= {"prompt": torch.arange(2), "cluster": torch.arange(2), "finished": torch.ones(2).bool()}
+        >>> flat = {"tokens": torch.tensor([5, 1, 5, 2, 0]), "start": torch.ones(2).long()}
+        >>> flat |= {"stop": torch.tensor([2, 3]), "prompt": torch.arange(2), "cluster": torch.arange(2), "finished": torch.ones(2).bool()}
         >>> strings_of(flat).tokens.tolist()
         [[5, 1, 0], [5, 2, 0]]
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ def lines(result: dict[str, Any], rows: list[dict[str, str]]) -> list[tuple[str,
     """(name, what there is to say, style) of what vouches for the table."""
     found = []
     names = [row["name"] for row in result["candidates"]]
-    for closer, farther in list(zip(names, names[1:], strict=False))[:MOST_NEIGHBOURS]:
+    for closer, farther in islice(pairwise(names), MOST_NEIGHBOURS):
         gap = differences(result, farther, closer)
         pair = next(p for p in result["pairs"] if {p["first"], p["second"]} == {closer, farther})
         if gap is None or gap[0] != gap[0]:

@@ -14,7 +14,7 @@ MOST_LABELS = 30  # candidates up to which each has its name in the figure
 
 
 def ranking_figure(result: Mapping[str, Any]) -> str:
-    """Each candidate's divergence with its interval, the closest on top, and beside it its difference to the closest."""
+    """Each candidate's divergence with its interval, and beside it its paired difference to the closest."""
     rows = result["candidates"]
     best = rows[0]["name"]
     gaps = [differences(result, row["name"], best) for row in rows]
@@ -63,7 +63,7 @@ def differences(result: Mapping[str, Any], name: str, other: str) -> tuple[float
 
 
 def pareto_figure(result: Mapping[str, Any]) -> str:
-    """Divergence against file size, with intervals, the frontier and the floor; empty if fewer than two sizes are known."""
+    """Divergence against file size, with intervals, frontier and floor; empty if fewer than two sizes are known."""
     rows = [row for row in result["candidates"] if row["size"].get("file_bytes")]
     if len(rows) < 2:
         return ""
