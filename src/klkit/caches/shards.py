@@ -202,8 +202,9 @@ def strings_of(tensors: Mapping[str, Tensor]) -> Sequences:
     """The strings of a shard that was read whole, as the model read them.
 
     Example:
-        >>> flat = {"tokens": torch.tensor([5, 1, 5, 2, 0]), "start": torch.ones(2).long()}
-        >>> flat |= {"stop": torch.tensor([2, 3]), "prompt": torch.arange(2), "cluster": torch.arange(2), "finished": torch.ones(2).bool()}
+        >>> flat = {"tokens": torch.tensor([5, 1, 5, 2, 0]), "stop": torch.tensor([2, 3])}
+        >>> flat |= {"start": torch.ones(2).long(), "finished": torch.ones(2).bool()}
+        >>> flat |= {"prompt": torch.arange(2), "cluster": torch.arange(2)}
         >>> strings_of(flat).tokens.tolist()
         [[5, 1, 0], [5, 2, 0]]
     """

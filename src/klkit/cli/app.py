@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from klkit.cli import cache, compare, distill, estimate, explain, floor, llamacpp, reproduce, train, zoo
+from klkit.cli import cache, compare, distill, estimate, explain, floor, gate, llamacpp, plan, reproduce, train, zoo
 
 app = typer.Typer(
     name="klkit",
@@ -20,6 +20,8 @@ app = typer.Typer(
 MEASURE, LOOK, MAKE = "Measure", "Look", "Make"
 app.command("estimate", rich_help_panel=MEASURE, epilog=estimate.EXAMPLES)(estimate.estimate_command)
 app.command("compare", rich_help_panel=MEASURE, epilog=compare.EXAMPLES)(compare.compare_command)
+app.command("gate", rich_help_panel=MEASURE, epilog=gate.EXAMPLES)(gate.gate_command)
+app.command("plan", rich_help_panel=MEASURE, epilog=plan.EXAMPLES)(plan.plan_command)
 app.command("run", rich_help_panel=MEASURE)(estimate.run_command)
 app.command("floor", rich_help_panel=MEASURE, epilog=floor.EXAMPLES)(floor.floor_command)
 app.command("demo", rich_help_panel=MEASURE)(estimate.demo_command)

@@ -46,6 +46,7 @@ def compare_command(
     ] = None,
     prompts: shared.Prompts = None,
     column: shared.Column = None,
+    group_column: shared.GroupColumn = None,
     text: shared.Text = None,
     context: shared.Context = None,
     samples: shared.Samples = None,
@@ -76,8 +77,8 @@ def compare_command(
     from klkit.cli.estimate import default_folder, read_config, write_json
 
     given = {
-        "p": p, "candidates": candidates or None, "prompts": prompts, "column": column, "text": text,
-        "context": context, "samples": samples, "max_tokens": max_tokens, "temperature": temperature,
+        "p": p, "candidates": candidates or None, "prompts": prompts, "column": column, "group_column": group_column,
+        "text": text, "context": context, "samples": samples, "max_tokens": max_tokens, "temperature": temperature,
         "shared_only": shared_only, "both": both, "method": method, "seed": seed, "dtype": dtype, "device": device,
         "batch_size": batch_size, "floor": floor, "unit": unit,
     }  # fmt: skip
@@ -108,7 +109,8 @@ def carry_out(settings: CompareSettings, folder: Path, resume: bool) -> Ranking:
     """Run the settings with progress; an interruption says how to go on."""
     from klkit.api.compare_run import run_compare
     from klkit.api.prepare import device_of
-    from klkit.cli.progress import Line, clock
+    from klkit.cli.progress import Line
+    from klkit.report.text import clock
     from klkit.train.processes import open_processes
 
     line = Line()

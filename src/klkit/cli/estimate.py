@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from shlex import quote
@@ -13,10 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from klkit.cli import AUDIT_FAILED, INTERRUPTED
+from klkit.cli import options as shared
+from klkit.cli.options import HOW, WHAT, with_batch_size
 
 if TYPE_CHECKING:
     from klkit.api.settings import Settings
     from klkit.cli.progress import Watcher
+    from klkit.results import Comparison
+
+NATS_PER_BIT = 0.6931471805599453  # without NumPy, which importing results would bring
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -32,78 +37,30 @@ klkit estimate klkit:docs klkit:reviews --bytes --max-tokens 32
 
 torchrun --nproc-per-node 8 -m klkit estimate org/policy org/reference --prompts prompts.jsonl"""
 
-WHAT, HOW, WHERE = "What is measured", "How it is computed", "What is printed and kept"
-ModelSpec = Annotated[
-    str,
+ModelP = Annotated[
+    str | None,
     typer.Argument(
-        help="Hub id, folder or klkit:NAME; options follow commas: "
-        "org/name@revision,dtype=bfloat16,device=cuda,peft=FOLDER,round=int4,temperature=0.9,attn=sdpa",
+        metavar="P",
+        help="The model that generates: hub id, folder or klkit:NAME, then ,option=value: dtype, peft, round, …",
         show_default=False,
     ),
 ]
+ModelQ = Annotated[str | None, typer.Argument(metavar="Q", help="The model it is compared with.", show_default=False)]
 
 
 def estimate_command(
-    p: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="P",
-            help="The model that generates: hub id, folder or klkit:NAME, then ,option=value: dtype, peft, round, …",
-            show_default=False,
-        ),
-    ] = None,
-    q: Annotated[
-        str | None, typer.Argument(metavar="Q", help="The model it is compared with.", show_default=False)
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            help="File of prompts: txt, jsonl, csv, parquet, or klkit:docs. Without it: one empty prompt.",
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
-    column: Annotated[
-        str | None,
-        typer.Option(
-            help="Field that holds the prompts (or the text). \\[default: prompt, or text]", rich_help_panel=WHAT
-        ),
-    ] = None,
-    group_column: Annotated[
-        str | None,
-        typer.Option(
-            help="Field that names each prompt's group. \\[default: group, if there is one]", rich_help_panel=WHAT
-        ),
-    ] = None,
-    text: Annotated[
-        str | None, typer.Option(help="Score this fixed text instead of sampling: estimand F.", rich_help_panel=WHAT)
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            help="Window for long documents of --text; second halves are scored. \\[default: 512]", rich_help_panel=WHAT
-        ),
-    ] = None,
-    divergence: Annotated[
-        str | None,
-        typer.Option(
-            help="kl, reverse_kl, js or jeffreys, each properly sampled. \\[default: kl]", rich_help_panel=WHAT
-        ),
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Strings per prompt. \\[default: enough for 256 in all]", rich_help_panel=WHAT)
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Longest response. \\[default: 128]", rich_help_panel=WHAT)
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="Softmax temperature of both models. \\[default: 1]", rich_help_panel=WHAT)
-    ] = None,
-    shared_only: Annotated[
-        bool | None,
-        typer.Option(
-            "--shared-only", help="Compare conditionally on the tokens both vocabularies have.", rich_help_panel=WHAT
-        ),
-    ] = None,
+    p: ModelP = None,
+    q: ModelQ = None,
+    prompts: shared.Prompts = None,
+    column: shared.Column = None,
+    group_column: shared.GroupColumn = None,
+    text: shared.Text = None,
+    context: shared.Context = None,
+    divergence: shared.Divergence = None,
+    samples: shared.Samples = None,
+    max_tokens: shared.MaxTokens = None,
+    temperature: shared.Temperature = None,
+    shared_only: shared.SharedOnly = None,
     over_bytes: Annotated[
         bool | None,
         typer.Option(
@@ -116,95 +73,51 @@ def estimate_command(
         int | None,
         typer.Option(help="Tokenisations that --bytes keeps at each byte. \\[default: 8]", rich_help_panel=HOW),
     ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help="Headline estimator: rb_cv, rb, mc, k3_string, cv_string, k3_token, ht. \\[default: rb_cv]",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    rtol: Annotated[
-        float | None,
-        typer.Option(help="Stop when the 95 % interval is within this share of the estimate.", rich_help_panel=HOW),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Names every random draw. \\[default: 0]", rich_help_panel=HOW)
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Precision of both models: auto, float32, bfloat16, float16. \\[default: auto]", rich_help_panel=HOW
-        ),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, mps or auto. \\[default: auto]", rich_help_panel=HOW)
-    ] = None,
-    batch_size: Annotated[
-        str | None,
-        typer.Option(help="Strings a batch, or auto; changes no result. \\[default: auto]", rich_help_panel=HOW),
-    ] = None,
-    sampler: Annotated[
-        str | None,
-        typer.Option(
-            help="What draws the strings: klkit, or vllm with options of its engine, as in "
-            "vllm,gpu_memory_utilization=0.4. \\[default: klkit]",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    floor: Annotated[
-        str | None,
-        typer.Option(
-            help="Numerical floor: batch (p against itself), dtype (against fp32), noise (after every layer), none. "
-            "\\[default: batch]",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    token_js: Annotated[
-        bool | None,
-        typer.Option(
-            "--token-js",
-            help="Also the Jensen-Shannon divergence of the next-token laws; reading out takes half as long again.",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file of these options; flags win over it.", rich_help_panel=HOW)
-    ] = None,
-    unit: Annotated[str | None, typer.Option(help="nats or bits. \\[default: nats]", rich_help_panel=WHERE)] = None,
-    json: Annotated[
-        str | None,
-        typer.Option(
-            "--json", help="Also write the result as JSON to PATH, or - for standard output.", rich_help_panel=WHERE
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Run folder. \\[default: klkit-runs/<time>-<p>-<q>]", rich_help_panel=WHERE)
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.", rich_help_panel=WHERE)] = False,
+    method: shared.Method = None,
+    rtol: shared.Rtol = None,
+    halfwidth: shared.Halfwidth = None,
+    seed: shared.Seed = None,
+    dtype: shared.Dtype = None,
+    device: shared.Device = None,
+    batch_size: shared.BatchSize = None,
+    sampler: shared.Sampler = None,
+    floor: shared.Floor = None,
+    token_js: shared.TokenJs = None,
+    config: shared.Config = None,
+    unit: shared.Unit = None,
+    json: shared.Json = None,
+    out: shared.Out = None,
+    resume: shared.Resume = False,
 ) -> None:
     """Estimate the divergence between two models: KL(P‖Q) per response, from P's own samples."""
+    given = {
+        "p": p, "q": q, "prompts": prompts, "column": column, "group_column": group_column, "text": text,
+        "context": context, "divergence": divergence, "samples": samples, "max_tokens": max_tokens,
+        "temperature": temperature, "shared_only": shared_only, "bytes": over_bytes, "beam": beam, "method": method,
+        "rtol": rtol, "halfwidth": halfwidth, "seed": seed, "dtype": dtype, "device": device,
+        "batch_size": batch_size, "sampler": sampler, "floor": floor, "token_js": token_js, "unit": unit,
+    }  # fmt: skip
+    carry_out(settings_of(given, config, "estimate"), out, json, resume)
+
+
+def settings_of(given: Mapping[str, Any], config: Path | None, command: str) -> Settings:
+    """The options of a pair of models, from the command line and a config file: flags win.
+
+    Raises:
+        ValueError: an option that cannot be used, or no two models.
+    """
     from klkit.api.settings import Settings
 
-    given = {
-        "p": p, "q": q, "prompts": prompts, "column": column,
-        "group_column": group_column, "text": text, "context": context,
-        "divergence": divergence, "samples": samples, "max_tokens": max_tokens, "temperature": temperature,
-        "shared_only": shared_only, "bytes": over_bytes, "beam": beam, "method": method, "rtol": rtol,
-        "seed": seed, "dtype": dtype, "device": device, "batch_size": batch_size, "sampler": sampler,
-        "floor": floor, "token_js": token_js, "unit": unit,
-    }  # fmt: skip
     options = read_config(config) if config is not None else {}
     options |= {name: value for name, value in given.items() if value is not None}
-    size = options.get("batch_size")
-    if isinstance(size, str) and size != "auto":
-        if not size.isdigit():
-            raise ValueError(f"expected 'auto' or a whole number for --batch-size, got {size!r}; leave it out for auto")
-        options["batch_size"] = int(size)
+    options = with_batch_size(options)
+    if given.get("halfwidth") is not None and options.get("unit") == "bits":
+        options["halfwidth"] = given["halfwidth"] * NATS_PER_BIT
     if "p" not in options or "q" not in options:
         raise ValueError(
-            "expected two models, as in: klkit estimate klkit:docs-tuned klkit:docs; or a --config that names p and q"
+            f"expected two models, as in: klkit {command} klkit:docs-tuned klkit:docs; or a --config that names p and q"
         )
-    carry_out(Settings.from_mapping(options), out, json, resume)
+    return Settings.from_mapping(options)
 
 
 def run_command(
@@ -268,12 +181,31 @@ def default_folder(p: str, q: str) -> Path:
 
 def carry_out(settings: Settings, out: Path | None, json_path: str | None, resume: bool) -> None:
     """Run the settings with progress, print the result, and exit by the audit's verdict."""
+
+    def tell(result: Comparison, folder: Path) -> None:
+        from klkit.cli.show import show_result
+
+        if json_path != "-":
+            show_result(result, folder)
+        if json_path is not None:
+            write_json(result.to_dict(), json_path)
+
+    result, first = execute(settings, out, resume, tell)
+    if result.failed:
+        if first:
+            print("klkit: the self-audit failed: do not use this number (see the audit above)", file=sys.stderr)
+        sys.exit(AUDIT_FAILED)
+
+
+def execute(
+    settings: Settings, out: Path | None, resume: bool, tell: Callable[[Comparison, Path], None]
+) -> tuple[Comparison, bool]:
+    """The result of a run, and whether this process is the one that prints; ``tell`` does, in that one."""
     if resume and out is None:
         raise ValueError("expected the folder of the run to continue, got --resume alone; add --out FOLDER")
     draw = open_sampler(settings)
     from klkit.api.prepare import device_of
     from klkit.cli.progress import Watcher
-    from klkit.cli.show import show_result
     from klkit.train.processes import open_processes
 
     with (
@@ -295,18 +227,12 @@ def carry_out(settings: Settings, out: Path | None, json_path: str | None, resum
                 say_interrupted(folder, watcher)
             sys.exit(INTERRUPTED)
 
-        def tell() -> None:
+        def show() -> None:
             watcher.close()
-            if json_path != "-":
-                show_result(result, folder)
-            if json_path is not None:
-                write_json(result.to_dict(), json_path)
+            tell(result, folder)
 
-        processes.by_first(tell)
-    if result.failed:
-        if processes.first:
-            print("klkit: the self-audit failed: do not use this number (see the audit above)", file=sys.stderr)
-        sys.exit(AUDIT_FAILED)
+        processes.by_first(show)
+        return result, processes.first
 
 
 def open_sampler(settings: Settings) -> Any:

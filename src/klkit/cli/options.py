@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +20,12 @@ Prompts = Annotated[
 Column = Annotated[
     str | None,
     typer.Option(help="Field that holds the prompts (or the text). \\[default: prompt, or text]", rich_help_panel=WHAT),
+]
+GroupColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="Field that names each prompt's group. \\[default: group, if there is one]", rich_help_panel=WHAT
+    ),
 ]
 Text = Annotated[
     str | None, typer.Option(help="Score this fixed text instead of sampling: estimand F.", rich_help_panel=WHAT)
@@ -57,6 +64,10 @@ Rtol = Annotated[
     float | None,
     typer.Option(help="Stop when the 95 % interval is within this share of the estimate.", rich_help_panel=HOW),
 ]
+Halfwidth = Annotated[
+    float | None,
+    typer.Option("--until-halfwidth", help="Stop when the 95 % interval is ± this many --unit.", rich_help_panel=HOW),
+]
 Seed = Annotated[int | None, typer.Option(help="Names every random draw. \\[default: 0]", rich_help_panel=HOW)]
 Dtype = Annotated[
     str | None,
@@ -72,7 +83,24 @@ BatchSize = Annotated[
 Floor = Annotated[
     str | None,
     typer.Option(
-        help="Numerical floor: batch (p against itself), dtype (against fp32), none. \\[default: batch]",
+        help="Numerical floor: batch (p against itself), dtype (against fp32), noise (after every layer), none. "
+        "\\[default: batch]",
+        rich_help_panel=HOW,
+    ),
+]
+Sampler = Annotated[
+    str | None,
+    typer.Option(
+        help="What draws the strings: klkit, or vllm with options of its engine, as in "
+        "vllm,gpu_memory_utilization=0.4. \\[default: klkit]",
+        rich_help_panel=HOW,
+    ),
+]
+TokenJs = Annotated[
+    bool | None,
+    typer.Option(
+        "--token-js",
+        help="Also the Jensen-Shannon divergence of the next-token laws; reading out takes half as long again.",
         rich_help_panel=HOW,
     ),
 ]
@@ -92,7 +120,7 @@ Out = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.", rich_help_panel=WHERE)]
 
 
-def with_batch_size(options: dict[str, object]) -> dict[str, object]:
+def with_batch_size(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options with the batch size as a number, unless it is ``auto``.
 
     Raises:
@@ -103,4 +131,4 @@ def with_batch_size(options: dict[str, object]) -> dict[str, object]:
         if not size.isdigit():
             raise ValueError(f"expected 'auto' or a whole number for --batch-size, got {size!r}; leave it out for auto")
         return {**options, "batch_size": int(size)}
-    return options
+    return dict(options)

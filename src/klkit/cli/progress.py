@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from klkit.report.text import clock
+
 if TYPE_CHECKING:
     from klkit.api.strings import Progress
 
@@ -85,20 +87,3 @@ class Watcher:
     def close(self) -> None:
         """End the live line."""
         self._line.close()
-
-
-def clock(seconds: float) -> str:
-    """Seconds as people say them.
-
-    Example:
-        >>> clock(75.0), clock(4000.0)
-        ('1m15s', '1h06m')
-    """
-    if seconds == float("inf"):
-        return "?"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

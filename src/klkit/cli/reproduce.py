@@ -11,7 +11,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from klkit.cli.progress import PLAIN_EVERY, clock
+from klkit.cli.progress import PLAIN_EVERY
+from klkit.report.text import clock
 
 AnyStudy = TypeVar("AnyStudy")
 

@@ -10,7 +10,8 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 from klkit.cli import AUDIT_FAILED, INTERRUPTED
-from klkit.cli.progress import Line, clock
+from klkit.cli.progress import Line
+from klkit.report.text import clock
 
 if TYPE_CHECKING:
     from klkit.api.distill_plan import Distillation, DistillReport

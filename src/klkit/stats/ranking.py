@@ -202,7 +202,7 @@ def _require_usable(
 def _differences(
     totals: Array, sizes: Array, first: NDArray[np.int64], second: NDArray[np.int64], spread: Array, level: float
 ) -> tuple[Array, Array, Array, Array, NDArray[np.bool_]]:
-    """Standard error, bounds and p-value of ``first − second`` of finite candidates, and whether it is constant, ``(m,)`` each.
+    """Standard error, bounds and p-value of ``first − second``, and whether it is constant, ``(m,)`` each.
 
     Pairs go through in blocks, so that what is held grows with the pairs or with the clusters, never with both.
     """
