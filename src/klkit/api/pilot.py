@@ -57,9 +57,10 @@ class Planned:
             amount = f"{n:,} prompts with {m:,} response{'s' if m > 1 else ''} each"
             if n > self.prompts:
                 amount += f" (there are {self.prompts:,})"
+        room = f"some {self.plan.strings * self.tokens:,.0f} tokens, {readable(self.size)} on disk"
         return (
-            f"{self.goal} takes about {amount}: {clock(self.plan.seconds)} here, some "
-            f"{self.plan.strings * self.tokens:,.0f} tokens, {readable(self.size)} on disk. Planned from a pilot of {self.pilot.n} responses."
+            f"{self.goal} takes about {amount}: {clock(self.plan.seconds)} here, {room}. Planned from a pilot of "
+            f"{self.pilot.n} responses."
         )
 
     def to_dict(self) -> dict[str, Any]:
