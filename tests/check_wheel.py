@@ -28,7 +28,8 @@ def main() -> None:
         run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(here), str(ROOT))
         wheel = next(here.glob("klkit-*.whl"))
         names = zipfile.ZipFile(wheel).namelist()
-        for needed in ("py.typed", "report/templates/template.html", "zoo/weights/docs/model.safetensors"):
+        data = ("report/templates/template.html", "report/schemas/result-1.json", "zoo/weights/docs/model.safetensors")
+        for needed in ("py.typed", *data):
             assert f"klkit/{needed}" in names, f"the wheel lacks {needed}"
         run(sys.executable, "-m", "venv", str(here / "venv"))
         python = here / "venv" / "bin" / "python"

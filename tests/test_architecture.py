@@ -13,7 +13,7 @@ SOURCE = Path(klkit.__file__).parent
 # A module may import from its own level and from the levels above it in this list.
 LEVELS = [
     {"numerics", "rng", "stats", "files"},
-    {"sequences", "results", "ranking"},
+    {"sequences", "results", "ranking", "frames"},
     {"divergences"},
     {"models", "objectives"},
     {"caches"},

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from klkit.api.prompts import read_prompts as read_prompts
+    from klkit.api.runs import read_run as read_run
     from klkit.api.verbs import compare as compare
     from klkit.api.verbs import estimate as estimate
     from klkit.divergences.adaptive import adaptive_kl as adaptive_kl
@@ -51,6 +52,7 @@ _HOME = {
     "estimate": "api.verbs",
     "compare": "api.verbs",
     "read_prompts": "api.prompts",
+    "read_run": "api.runs",
     "load": "models.spec",
     "align": "models.align",
     "check_laws": "models.laws",

@@ -113,6 +113,16 @@ class Ranking:
             "provenance": plain(self.provenance),
         }
 
+    def to_dataframe(self) -> Any:
+        """One row a candidate, the closest to ``p`` first, in nats, as a pandas ``DataFrame``.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        from klkit.frames import candidate_rows, frame
+
+        return frame(candidate_rows(self.to_dict()))
+
     def _entry(self, i: int) -> dict[str, Any]:
         entry = self.entries[i]
         scale = entry.result.headline.in_unit

@@ -296,6 +296,16 @@ class Comparison:
             "provenance": plain(self.provenance),
         }
 
+    def to_dataframe(self) -> Any:
+        """One row an estimator, in nats, as a pandas ``DataFrame``.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        from klkit.frames import estimator_rows, frame
+
+        return frame(estimator_rows(self.to_dict()))
+
     def __str__(self) -> str:
         return ("THE SELF-AUDIT FAILED: do not use this number. " if self.failed else "") + self.sentence
 

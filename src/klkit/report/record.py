@@ -29,7 +29,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from klkit.estimators.statistics import TokenStatistics
 from klkit.files import file_digest, write_atomically, write_text
+from klkit.frames import frame
 from klkit.report.shards import Batch, Shown, flatten, join_shards, read_column, read_shown, unflatten
 
 CONFIG, RESULT, SAMPLES, TENSORS, TOKENS, ENV, REPORT, SHARDS = (
@@ -42,6 +44,7 @@ CONFIG, RESULT, SAMPLES, TENSORS, TOKENS, ENV, REPORT, SHARDS = (
     "report.html",
     "shards",
 )
+FROM_Q = "from_q"  # below a run of two directions: the strings of q
 # Options that may differ between the first half of a run and its resumption: they change how the
 # strings are computed or shown, never which strings they are.
 FREE_ON_RESUME = frozenset({"batch_size", "unit", "out", "json", "resume", "method", "device", "group_column"}) | {
@@ -284,6 +287,47 @@ class RunFolder:
         """One column of a finished run's numbers, such as ``"rows.kl"``, some at a time."""
         with self._readable_tensors():
             yield from read_column(self.path / TENSORS, name)
+
+    def decisions(self) -> Any:
+        """Every decision of a finished run as a pandas ``DataFrame``: see :func:`klkit.report.tables.decision_columns`.
+
+        All of it is in memory then; :meth:`column` reads one column some at a time.
+
+        Raises:
+            RunFolderError: the run is not finished, damaged, or one of many models.
+            ImportError: pandas is not installed.
+        """
+        from klkit.report.tables import decision_columns
+
+        return frame(decision_columns(self._statistics(), self.roles()))
+
+    def strings(self) -> Any:
+        """Every string of a finished run as a pandas ``DataFrame``: see :func:`klkit.report.tables.string_columns`.
+
+        Raises:
+            RunFolderError: the run is not finished, damaged, or one of many models.
+            ImportError: pandas is not installed.
+        """
+        from klkit.report.tables import string_columns
+
+        return frame(string_columns(self._statistics(), self.roles(), self.samples()))
+
+    def roles(self) -> tuple[str, str]:
+        """The model that wrote the strings of a finished run, and the one it was compared with."""
+        result = self.result()
+        if "roles" not in result:
+            raise RunFolderError(
+                f"expected a run of one pair in {self.path}, got a {result.get('schema', 'file')} of many models; "
+                f"choose one: klkit.read_run(folder, candidate=...)"
+            )
+        first, second = result["roles"]
+        # The half of a symmetric divergence that the other model wrote carries the result of both halves.
+        other = self.path.name == FROM_Q and result["headline"]["divergence"] in ("js", "jeffreys")
+        return (second, first) if other else (first, second)
+
+    def _statistics(self) -> TokenStatistics:
+        self.roles()  # a comparison of many models has no numbers of its own
+        return next(iter(RunFolder.open(self.path).batches())).statistics
 
     @contextmanager
     def _readable_tensors(self) -> Iterator[None]:
