@@ -25,7 +25,7 @@ def frame(rows: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> Any:
         import pandas
     except ImportError as error:
         raise ImportError(
-            f"expected pandas for a data frame, got: {error}; pip install pandas, or read the same numbers from to_dict()"
+            f"expected pandas for a data frame, got: {error}; pip install pandas, or take the numbers from to_dict()"
         ) from error
     return pandas.DataFrame(rows)
 

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import typer
 
-from klkit.cli import cache, compare, distill, estimate, explain, floor, gate, llamacpp, plan, reproduce, train, zoo
+from klkit.cli import (
+    cache,
+    compare,
+    distill,
+    estimate,
+    explain,
+    floor,
+    gate,
+    llamacpp,
+    plan,
+    report,
+    reproduce,
+    train,
+    zoo,
+)
 
 app = typer.Typer(
     name="klkit",
@@ -27,7 +41,8 @@ app.command("floor", rich_help_panel=MEASURE, epilog=floor.EXAMPLES)(floor.floor
 app.command("demo", rich_help_panel=MEASURE)(estimate.demo_command)
 app.command("import-llamacpp", rich_help_panel=MEASURE, epilog=llamacpp.EXAMPLES)(llamacpp.import_llamacpp_command)
 app.command("explain", rich_help_panel=LOOK, epilog=explain.EXAMPLES)(explain.explain_command)
-app.command("report", rich_help_panel=LOOK)(zoo.report_command)
+app.command("report", rich_help_panel=LOOK, epilog=report.EXAMPLES)(report.report_command)
+app.command("schema", rich_help_panel=LOOK)(report.schema_command)
 app.command("models", rich_help_panel=LOOK)(zoo.models_command)
 app.command("distill", rich_help_panel=MAKE, epilog=distill.EXAMPLES)(distill.distill_command)
 app.add_typer(cache.cache_app, name="cache", rich_help_panel=MAKE)

@@ -1,4 +1,4 @@
-"""``klkit models``, ``klkit report`` and ``klkit zoo build``."""
+"""``klkit models`` and ``klkit zoo build``."""
 
 from __future__ import annotations
 
@@ -17,18 +17,6 @@ def models_command() -> None:
 
     rows = [{"model": f"klkit:{name}", "what it is": entry.description} for name, entry in CATALOGUE.items()]
     show_rows(rows, ["model", "what it is"])
-
-
-def report_command(
-    run: Annotated[Path, typer.Argument(help="Folder of the run.", show_default=False)],
-) -> None:
-    """Write report.html of a finished run again, or of a distillation as far as it is."""
-    from klkit.report.distillation import EVALUATIONS, write_distillation_report
-    from klkit.report.html import write_report
-    from klkit.report.record import RunFolder
-
-    distilled = (run / EVALUATIONS).is_file()
-    typer.echo(str(write_distillation_report(run) if distilled else write_report(RunFolder.open(run))))
 
 
 @zoo_app.command("build")
