@@ -13,6 +13,7 @@ from klkit.api.candidates import Candidate
 from klkit.api.compare import compare_models
 from klkit.api.compare_settings import CompareSettings
 from klkit.api.settings import DIVERGENCES, UNITS
+from klkit.frames import candidate_rows
 from klkit.models.automaton import memoryless, random_automaton
 from klkit.models.wrap import temperature
 from klkit.report.schema import SCHEMAS, schema
@@ -45,6 +46,14 @@ def compared(**options):
     return compare_models(p, made, CompareSettings.from_mapping(given))
 
 
+def compared_on_a_text(folder):
+    (folder / "text.txt").write_text(TEXT)
+    p, q = klkit.load("klkit:docs-tuned"), klkit.load("klkit:docs")
+    options = {"p": p.name, "candidates": [q.name], "text": str(folder / "text.txt"), "context": 64}
+    made = [Candidate(q.name, lambda: nullcontext(q))]
+    return compare_models(p, made, CompareSettings.from_mapping(options), documents=[TEXT])
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     p, q = automata("p", "q")
@@ -63,8 +72,9 @@ def results(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def rankings():
-    return {"one way": compared(), "both": compared(both=True, unit="bits")}
+def rankings(tmp_path_factory):
+    text = compared_on_a_text(tmp_path_factory.mktemp("text"))
+    return {"one way": compared(), "both": compared(both=True, unit="bits"), "text": text}
 
 
 def through_json(result):
@@ -89,6 +99,13 @@ def test_results_are_as_the_schema_says(results):
 def test_rankings_are_as_the_schema_says(rankings):
     for name, ranking in rankings.items():
         assert not errors("ranking", through_json(ranking)), name
+
+
+def test_a_candidate_of_a_text_has_one_quantity(rankings):
+    (row,) = candidate_rows(through_json(rankings["text"]))
+    head = rankings["text"].entries[0].result.headline
+    assert (row["kl_nats_per_text_token"], row["less_closest_nats_per_text_token"]) == (head.value, 0.0)
+    assert "kl_nats_per_token" not in row
 
 
 def test_the_schema_knows_every_word_of_the_code():

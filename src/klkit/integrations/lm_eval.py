@@ -8,7 +8,6 @@ the models had seen different documents. Nothing of the harness itself is needed
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from klkit.frames import frame
+from klkit.integrations.lm_eval_files import Evaluation, by_document, read_results, units_of
 from klkit.ranking import Ranking
 from klkit.report.html import number
 from klkit.report.markdown import quantity, table
@@ -49,8 +49,8 @@ class TaskRow:
         upper: see ``lower``.
         p: two-sided p-value of no difference.
         adjusted: the same after Holm's correction over all tests of the table.
-        verdict: ``"better"``, ``"worse"`` (or ``"higher"``, ``"lower"`` where no direction is good), ``"not resolved"``,
-            or why there is no test.
+        verdict: ``"better"``, ``"worse"`` (``"higher"``, ``"lower"`` where no direction is good) or ``"not resolved"``;
+            else why there is no test.
         documents: how many both models answered.
         method: of the test.
     """
@@ -137,6 +137,12 @@ def beside(
         ValueError: no file of the reference, a model that was not measured, files that cannot be read, or that differ
             in their documents, tasks' versions or numbers of shots.
 
+    Example:
+        >>> beside({"settings": {"p": "base", "q": "int4"}, "headline": {}}, {"int4": "int4/results.json"})  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: expected result files of the reference 'base' (or 'p') and of at least one of int4, got those of int4...
+
     Source: Q. McNemar (1947), Psychometrika 12(2), for right and wrong; clusters as in E. Miller (2024), Adding Error
     Bars to Evals, arXiv 2411.00640.
     """
@@ -165,8 +171,8 @@ def beside(
         rows[i] = replace(rows[i], adjusted=adjusted, verdict=verdict)
     if not rows:
         raise ValueError(
-            f"expected tasks that the reference and a candidate share, got none in {', '.join(map(str, results.values()))}; "
-            f"evaluate all models on the same tasks"
+            f"expected metrics of tasks that the reference and a candidate share, got none in "
+            f"{', '.join(map(str, results.values()))}; evaluate all models on the same tasks"
         )
     return Beside(reference, tuple(rows))
 
@@ -176,50 +182,6 @@ def models_of(result: Mapping[str, Any]) -> tuple[str, dict[str, Mapping[str, An
     if "candidates" in result:
         return result["reference"], {entry["name"]: entry["result"]["headline"] for entry in result["candidates"]}
     return result["settings"]["p"], {result["settings"]["q"]: result["headline"]}
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """What the harness wrote about one model.
-
-    Attributes:
-        path: of its results.
-        content: of that file.
-    """
-
-    path: Path
-    content: Mapping[str, Any]
-
-    def samples(self, task: str) -> list[dict[str, Any]] | None:
-        """The documents of a task, one entry a document and filter; None if they were not kept."""
-        date = self.path.stem.rpartition("_")[2]
-        path = self.path.with_name(f"samples_{task}_{date}.jsonl")
-        if not path.is_file():
-            return None
-        try:
-            with path.open(encoding="utf-8") as file:
-                return [json.loads(line) for line in file if line.strip()]
-        except ValueError as error:
-            raise ValueError(f"expected samples in {path}, one JSON object a line, got: {error}") from error
-
-
-def read_results(path: Path) -> Evaluation:
-    """The results of one model.
-
-    Raises:
-        ValueError: the file is not there, or not one of the harness.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"expected results of lm-evaluation-harness in {path}, got: {error}; check the path"
-        ) from error
-    if not isinstance(content, dict) or not isinstance(content.get("results"), dict):
-        raise ValueError(
-            f"expected results of lm-evaluation-harness in {path}, got JSON without 'results'; give its results_….json"
-        )
-    return Evaluation(path, content)
 
 
 def rows_of(name: str, kl: Mapping[str, Any], own: Evaluation, base: Evaluation, cluster: str | None) -> list[TaskRow]:
@@ -247,7 +209,7 @@ def rows_of(name: str, kl: Mapping[str, Any], own: Evaluation, base: Evaluation,
             elif samples[0] is not None and samples[1] is not None:
                 good = own.content.get("higher_is_better", {}).get(task)
                 better = good.get(metric.split(",")[0]) if isinstance(good, dict) else None
-                row = tested_row(row, samples[0], samples[1], cluster, better)
+                row = paired_row(row, samples[0], samples[1], cluster, better)
             found.append(row)
     return found
 
@@ -257,7 +219,7 @@ def number_like(*values: Any) -> bool:
     return all(isinstance(value, int | float) for value in values)
 
 
-def tested_row(
+def paired_row(
     row: TaskRow,
     base: list[dict[str, Any]],
     own: list[dict[str, Any]],
@@ -300,28 +262,3 @@ def tested_row(
         documents=len(x),
         method=method,
     )
-
-
-def by_document(lines: list[dict[str, Any]], metric: str, chosen: str, task: str) -> dict[Any, dict[str, Any]]:
-    """The lines of one filter that have the metric, by the number of their document."""
-    found: dict[Any, dict[str, Any]] = {}
-    for line in lines:
-        if line.get("filter", "none") != chosen or metric not in line:
-            continue
-        if line.get("doc_id") in found:
-            raise ValueError(
-                f"expected every document of {task} once, got document {line.get('doc_id')} twice; the samples of two "
-                f"runs may have been written into one file"
-            )
-        found[line.get("doc_id")] = line
-    return found
-
-
-def units_of(lines: list[dict[str, Any]], cluster: str, task: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """The independent unit of each document, from a field of it."""
-    if not all(isinstance(line.get("doc"), dict) and cluster in line["doc"] for line in lines):
-        raise ValueError(
-            f"expected the field {cluster!r} in every document of {task}, got documents without it; name one of "
-            f"{', '.join(lines[0].get('doc') or {})}, or leave cluster out"
-        )
-    return np.unique([str(line["doc"][cluster]) for line in lines], return_inverse=True)[1].astype(np.int64)

@@ -51,9 +51,10 @@ def model_card(result: Mapping[str, Any], *, name: str | None = None, entry: Map
     block = yaml.safe_dump(metadata(result, name), sort_keys=False, allow_unicode=True, width=10**6)
     rows = [[cell(what), cell(value)] for what, value in (*standing(entry), *facts(result))]
     sentence = paragraph({**result, "sentence": public_text(result["sentence"], settings)})
+    reference = cell(public_name(settings["p"])).replace("`", "")
     about = (
-        f"How far this model is from `{cell(public_name(settings['p'])).replace('`', '')}` (p; this model is q), measured by "
-        f"klkit {result['provenance']['versions'].get('klkit', '')}: {sentence} "
+        f"How far this model is from `{reference}` (p; this model is q), measured by klkit "
+        f"{result['provenance']['versions'].get('klkit', '')}: {sentence} "
         f"A divergence says how differently the two models behave, not which is better."
     )
     lines = [f"---\n{block}---", "", "## Divergence from the reference", "", about, ""]

@@ -29,4 +29,4 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
     for k in range(min(only_first, only_second) + 1):
         ways += term
         term = term * (n - k) // (k + 1)
-    return min(1.0, 2 * ways / 2**n)  # whole numbers until here, so exact
+    return min(1.0, 2 * ways / (1 << n))  # whole numbers until here, so exact
