@@ -138,7 +138,8 @@ def beside(
             in their documents, tasks' versions or numbers of shots.
 
     Example:
-        >>> beside({"settings": {"p": "base", "q": "int4"}, "headline": {}}, {"int4": "int4/results.json"})  # doctest: +ELLIPSIS
+        >>> result = {"settings": {"p": "base", "q": "int4"}, "headline": {}}
+        >>> beside(result, {"int4": "int4/results.json"})  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
         ValueError: expected result files of the reference 'base' (or 'p') and of at least one of int4, got those of int4...
