@@ -84,7 +84,7 @@ def decide(
         spread: by how much errors exceed what the totals say (:attr:`klkit.results.Estimate.spread`).
 
     Raises:
-        ValueError: a limit that is not positive and finite, a level outside (½, 1), or a negative spread.
+        ValueError: a limit that is not positive and finite, a level outside (½, 1), or a spread that is not positive.
 
     Source: D. Schuirmann (1987), A comparison of the two one-sided tests procedure and the power approach, Journal of
     Pharmacokinetics and Biopharmaceutics 15(6).
@@ -94,9 +94,9 @@ def decide(
         >>> [decide(x, np.ones(100), limit).verdict for limit in (2.0, 1.2, 0.5)]
         ['pass', 'undecided', 'fail']
     """
-    if not (0 < limit < math.inf and 0.5 < level < 1 and 0 <= spread < math.inf):
+    if not (0 < limit < math.inf and 0.5 < level < 1 and 0 < spread < math.inf):
         raise ValueError(
-            f"expected a positive finite limit, a level between 0.5 and 1 and a spread of at least 0, got {limit}, "
+            f"expected a positive finite limit, a level between 0.5 and 1 and a positive spread, got {limit}, "
             f"{level} and {spread}; a divergence of exactly zero is no limit that a different model could keep"
         )
     interval = ratio_interval(totals, weights, level=2 * level - 1)
