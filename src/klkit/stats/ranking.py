@@ -128,7 +128,8 @@ def rank(
 
     Source: S. Holm (1979), Scandinavian Journal of Statistics 6(2); P. Hall (1992), On the removal of skewness by
     transformation, Journal of the Royal Statistical Society B 54(1). Rank ranges as in C. Mogstad, J. Romano,
-    A. Shaikh and D. Wilhelm (2024), Inference for ranks with applications to mobility across neighborhoods, Review of Economic Studies 91(1).
+    A. Shaikh and D. Wilhelm (2024), Inference for ranks with applications to mobility across neighborhoods, Review of
+    Economic Studies 91(1).
 
     Example:
         >>> shared = np.random.default_rng(0).exponential(size=(1, 200))
