@@ -275,10 +275,24 @@ def sections(replications: int) -> Iterator[str]:
     yield ORDERS + table(header, list(orders(replications)))
     yield SKEWED + table(["eight candidates", "clusters", "Student's t", "as used"], list(skewed(replications)))
     header = ["law", "clusters", "false pass", "false fail", "pass at 1.25", "fail at 0.8"]
-    yield GATES + table(header, list(gates(replications)))
+    rows = list(gates(replications))
+    yield GATES + table(header, rows)
+    yield beyond(rows, error)
     yield PEEKING + table(["difference", "as used", "t test, looked at"], list(peeking(replications)))
     header = ["exponential differences", "difference / sd", "fixed t test", "median", "80%", "ratio"]
     yield COSTS + table(header, list(costs(min(replications, 400))))
+
+
+def beyond(rows: list[list[str]], error: float) -> str:
+    """Which gates err more often than chance explains, in a sentence."""
+    edge = 100 * (1 - LEVEL + 2 * error)
+    found = [
+        f"{name}, {n} clusters ({share} false {word})"
+        for name, n, *shares in rows
+        for word, share in zip(("pass", "fail"), shares, strict=False)
+        if float(share.rstrip("%")) > edge
+    ]
+    return f"Above {1 - LEVEL:.0%} by more than two standard errors: {'; '.join(found) or 'none'}."
 
 
 ORDERS = f"""\
