@@ -1,4 +1,4 @@
-"""klkit compare, gate and plan as a user meets them: tables within 80 columns, exit codes, bad input without a trace."""
+"""klkit compare, gate and plan as a user meets them: tables in 80 columns, exit codes, bad input without a trace."""
 
 import json
 import re
