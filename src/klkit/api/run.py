@@ -17,7 +17,7 @@ from torch import Tensor
 
 from klkit.api.assemble import from_strings, from_text, from_two_directions
 from klkit.api.batches import FLOOR_STRINGS, batches_of, describe, floor_of, no_details
-from klkit.api.bytewise import cost_notes
+from klkit.api.bytewise import cost_notes, text_sizes
 from klkit.api.drawn import Sampler
 from klkit.api.gather import Gathered
 from klkit.api.plan import Plan
@@ -252,7 +252,7 @@ def draw_strings(
     pair: Pair, plan: Plan, settings: Settings, folder: RunFolder | None, share: Share, *, mixture: bool = False
 ) -> Gathered:
     """The strings of one direction, drawn, scored and summed up."""
-    found = Gathered(plan.clusters, classes=token_classes(pair.p), groups=plan.groups)
+    found = Gathered(plan.clusters, classes=token_classes(pair.p), groups=plan.groups, sizes=text_sizes(pair.p))
     draw_batches(
         pair,
         plan,
@@ -352,7 +352,7 @@ def measure_text(
     require_alike(env, processes)
     folder = start(out, settings, env, resume, processes)
     size = settings.batch_size if isinstance(settings.batch_size, int) else 16
-    found = Gathered(0, every=True, classes=token_classes(pair.p), first=False)
+    found = Gathered(0, every=True, classes=token_classes(pair.p), first=False, sizes=text_sizes(pair.p))
     number = 0
 
     def work(rows: Tensor) -> Batch:
