@@ -88,6 +88,21 @@ def approximate(
     )
 
 
+def require_plain(**given: object) -> None:
+    """Refuse what an approximate comparison has no use for: it keeps nothing, and draws by itself.
+
+    Raises:
+        ValueError: one of ``given`` is not None.
+    """
+    idle = [name for name, value in given.items() if value is not None]
+    if idle:
+        raise ValueError(
+            f"expected only options that have an effect, got {', '.join(idle)}, but approximate=True keeps nothing on "
+            f"disk (--json writes its result) and draws its texts in one go; leave "
+            f"{'it' if len(idle) == 1 else 'them'} out"
+        )
+
+
 def tempered(model: LanguageModel, t: float) -> LanguageModel:
     """The model at temperature ``t``; itself at 1."""
     return model if t == 1.0 else temperature(model, t)
@@ -105,15 +120,22 @@ def draw_texts(
     contexts_q: Sequence[Int[Tensor, " _c"]],
     writers: Writers,
     batch_size: int | str = "auto",
+    *,
+    most: int | None = None,
 ) -> Texts:
     """The plan's responses of ``p``, batch by batch, and what both models make of them.
+
+    Args:
+        writers: the canonical tokenisations of ``p`` and of ``q``.
+        most: responses to draw, if not all that are planned.
 
     Raises:
         ValueError: as :func:`read_strings`.
     """
     size, parts = resolve_batch_size(p, plan, batch_size), []
-    for start in range(0, plan.total, size):
-        names = plan.names(start, start + size)
+    total = min(plan.total, most or plan.total)
+    for start in range(0, total, size):
+        names = plan.names(start, min(start + size, total))
         contexts = [plan.contexts_p[i] for i in names["prompt"]]
         draw = sample(p, contexts, max_tokens=plan.max_tokens, seed=plan.seed, **names)
         logp = read_texts(p, draw.hidden, draw.sequences).numpy()

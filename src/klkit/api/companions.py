@@ -72,7 +72,7 @@ def bits_per_byte(
     if sizes is None or not float(sizes.sum()) > 0:
         return {}
     logp, cluster = strings.logp.double(), strings.cluster.numpy()
-    found = {}
+    found: dict[str, Any] = {}
     for role, values in zip(roles, (logp, logp - strings.log_ratio), strict=True):
         bits = -values.numpy() / NATS_PER_BIT
         if np.isnan(bits).any():  # neither model allows a given text

@@ -39,6 +39,7 @@ from klkit.api.rounds import in_rounds
 from klkit.api.settings import KLKIT, Settings
 from klkit.api.strings import ALONE, Observer, run_strings, stored
 from klkit.api.text import Windows, cut
+from klkit.api.tokenizers import prepare_or_explain
 from klkit.estimators.statistics import score
 from klkit.estimators.variates import token_features
 from klkit.models.base import LanguageModel
@@ -179,7 +180,7 @@ def measure_prompts(
     """Estimand S and R, and what is put together from both directions."""
 
     def ready() -> tuple[Pair, Plan, dict[str, Any], LanguageModel | None]:
-        pair = prepare(p, q, settings, prompts)
+        pair = prepare_or_explain(p, q, settings, prompts)
         plan, notes = make_plan(pair, settings, prompts)
         pair = replace(pair, notes=(*pair.notes, *notes))
         env = environment(settings, pair) | {"contexts": contexts_digest(plan)}
@@ -343,7 +344,7 @@ def measure_text(
     """Estimand F: both models read the windows of a fixed text; nothing is sampled."""
 
     def ready() -> tuple[Pair, dict[str, Any], Windows]:
-        pair = prepare(p, q, settings)
+        pair = prepare_or_explain(p, q, settings, documents=documents)
         context = shortest(settings.context, pair.p.window, pair.q.window)
         return pair, environment(settings, pair), cut(documents, lambda text: document_ids(pair.p, text), context)
 

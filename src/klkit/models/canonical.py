@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -45,15 +45,15 @@ def canonical(model: LanguageModel) -> Canonical:
 
     newline = ids_of("\n")
 
+    def candidates(text: str) -> Iterator[list[int]]:
+        yield ids_of(text)
+        if text.startswith(" "):
+            yield ids_of(text[1:])  # the space that the tokenizer puts there is this one
+        yield behind(newline, ids_of("\n" + text))  # where a line has ended, nothing is put before what follows
+
     def write(text: str) -> list[int] | None:
         wanted = text.encode()
-        tries = [lambda: ids_of(text)]
-        if text.startswith(" "):
-            tries.append(lambda: ids_of(text[1:]))  # the space that the tokenizer puts there is this one
-        # Behind a line that ends, nothing is put before a text.
-        tries.append(lambda: behind(newline, ids_of("\n" + text)))
-        for attempt in tries:
-            ids = attempt()
+        for ids in candidates(text):
             if all(i < size for i in ids) and b"".join(spelt[i] or b"" for i in ids) == wanted:
                 return ids
         return None
