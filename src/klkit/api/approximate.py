@@ -65,8 +65,8 @@ def approximate(
         )
     if p is q or not differing(p, q):
         raise ValueError(
-            f"expected two tokenizers for approximate=True, got {p.name} and {q.name} with the same tokens, for which "
-            f"the exact divergence exists; leave approximate (--approximate) out"
+            f"expected two tokenizers for approximate=True, got {p.name} and {q.name}, whose tokens agree id by id: "
+            f"for those the exact divergence exists; leave approximate (--approximate) out"
         )
     writers = canonical(p), canonical(q)
     notes = [f"{m.name}: {note}" for m in (p, q) for note in getattr(innermost(m), "notes", ())]
@@ -133,14 +133,14 @@ def draw_texts(
         ValueError: as :func:`read_strings`.
     """
     size, parts = resolve_batch_size(p, plan, batch_size), []
-    total = min(plan.total, most or plan.total)
+    spelt, total = token_bytes(p), min(plan.total, most or plan.total)
     for start in range(0, total, size):
         names = plan.names(start, min(start + size, total))
         contexts = [plan.contexts_p[i] for i in names["prompt"]]
         draw = sample(p, contexts, max_tokens=plan.max_tokens, seed=plan.seed, **names)
         logp = read_texts(p, draw.hidden, draw.sequences).numpy()
         theirs = [contexts_q[i] for i in names["prompt"]]
-        parts.append(read_strings(p, q, draw.sequences, logp, theirs, writers))
+        parts.append(read_strings(draw.sequences, logp, p.vocabulary.ends, spelt, q, theirs, writers))
     columns: dict[str, Any] = {
         name: np.concatenate([getattr(part, name) for part in parts]) for name in Texts.__dataclass_fields__
     }
@@ -148,10 +148,11 @@ def draw_texts(
 
 
 def read_strings(
-    p: LanguageModel,
-    q: LanguageModel,
     x: Sequences,
     logp: np.ndarray[Any, np.dtype[np.float64]],
+    ends: Sequence[int],
+    spelt: Sequence[bytes | None],
+    q: LanguageModel,
     contexts_q: Sequence[Int[Tensor, " _c"]],
     writers: Writers,
 ) -> Texts:
@@ -159,19 +160,21 @@ def read_strings(
 
     Args:
         logp: what ``p`` gives the strings as they are, nats, ``(n,)``.
+        ends: p's end tokens.
+        spelt: the bytes of each token of ``p``.
         contexts_q: what ``q`` reads before each string.
         writers: the canonical tokenisations of ``p`` and of ``q``.
 
     Raises:
         ValueError: a text is longer than ``q`` can read.
     """
-    spelt, ends_p, end_q = token_bytes(p), set(p.vocabulary.ends), list(q.vocabulary.ends[:1])
+    end_q = list(q.vocabulary.ends[:1])
     n = len(x)
     valid, written, own = (np.zeros(n, dtype=bool) for _ in range(3))
     sizes, logq = np.zeros(n, dtype=np.int64), np.full(n, np.nan)
     rows, completions = [], []
     for i in range(n):
-        tokens = [token for token in x.completion(i).tolist() if token not in ends_p]
+        tokens = [token for token in x.completion(i).tolist() if token not in ends]
         content = b"".join(spelt[token] or b"" for token in tokens)
         sizes[i] = len(content)
         try:

@@ -105,7 +105,8 @@ def estimate_command(
         "context": context, "divergence": divergence, "samples": samples, "max_tokens": max_tokens,
         "temperature": temperature, "shared_only": shared_only, "bytes": over_bytes, "approximate": approximate,
         "beam": beam, "method": method, "rtol": rtol, "halfwidth": halfwidth, "seed": seed, "dtype": dtype,
-        "device": device, "batch_size": batch_size, "sampler": sampler, "floor": floor, "token_js": token_js, "unit": unit,
+        "device": device, "batch_size": batch_size, "sampler": sampler, "floor": floor, "token_js": token_js,
+        "unit": unit,
     }  # fmt: skip
     carry_out(settings_of(given, config, "estimate"), out, json, resume)
 
