@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -29,13 +29,13 @@ def test_canonical_tokens_spell_the_text_and_end_nothing(spec: str, text: str) -
     assert not set(ids) & set(model.vocabulary.ends)
 
 
-def stub(pieces: list[str], *, lower: bool = False) -> SimpleNamespace:
+def stub(pieces: list[str], *, lower: bool = False) -> Automaton:
     """A tokenizer in the manner of SentencePiece: a space before every text, the longest piece first."""
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
 
     class Stub:
         all_special_ids = (len(pieces) - 1,)
-        added_tokens_decoder: dict[int, object] = {}
+        added_tokens_decoder = MappingProxyType({})
 
         def get_vocab(self):
             return vocabulary
@@ -60,8 +60,11 @@ def stub(pieces: list[str], *, lower: bool = False) -> SimpleNamespace:
                 rest = rest[len(best) :]
             return {"input_ids": found}
 
-    tokens = Vocabulary(tuple(pieces), (len(pieces) - 1,))
-    return SimpleNamespace(tokenizer=Stub(), vocabulary=tokens, name="stub")
+    n = len(pieces)
+    row = torch.full((1, n), 1 / n, dtype=torch.float64).log()
+    model = Automaton(row, torch.zeros(1, n, dtype=torch.long), Vocabulary(tuple(pieces), (n - 1,)))
+    object.__setattr__(model, "tokenizer", Stub())
+    return model
 
 
 def test_the_space_that_sentencepiece_puts_before_a_text_has_to_be_the_texts_own() -> None:
@@ -93,7 +96,7 @@ def test_every_end_stands_for_all_of_them() -> None:
 
 def test_the_probability_of_a_networks_tokens() -> None:
     model = load(str(tiny.folder("llama")))
-    ids = torch.tensor(canonical(model)("the film") + [0])
+    ids = torch.tensor([*canonical(model)("the film"), 0])
     x = Sequences.pack([model.context(None)] * 2, [ids, ids[:2]])
     wanted = enumeration.per_string(x, enumeration.scores(model, x)[0])
     torch.testing.assert_close(log_texts(model, x), wanted)

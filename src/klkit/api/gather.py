@@ -77,7 +77,7 @@ class Gathered:
             self._every.append(statistics.rows.kl)
         self._strings += len(statistics.x)
         if self._sizes is not None:
-            self._bytes.append(statistics.per_string(self._sizes[statistics.x.targets()]))
+            self._bytes.append(statistics.per_string(self._sizes[statistics.x.targets()].double()))
 
     def __len__(self) -> int:
         return self._strings
