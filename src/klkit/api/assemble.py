@@ -12,7 +12,7 @@ from torch import Tensor
 
 from klkit.api.breakdown import no_breakdown
 from klkit.api.bytewise import symbol_of
-from klkit.api.companions import describe_floor, engine_gaps, per_token, text_rows
+from klkit.api.companions import bits_per_byte, describe_floor, engine_gaps, per_token, text_rows
 from klkit.api.gather import Gathered
 from klkit.api.plan import Plan
 from klkit.api.prepare import alike
@@ -207,7 +207,7 @@ def put_together(
         model: the model that wrote them, which knows how to spell its tokens.
         roles: what the run calls that model, and the one it is compared with.
     """
-    companions = per_token(whole.strings, roles)
+    companions = per_token(whole.strings, roles) | bits_per_byte(whole.strings, whole.bytes, roles)
     if settings.sampler != KLKIT:
         companions["engine"] = engine_gaps(whole.tally, roles[0])
     bound, shape = {}, {}

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 from klkit.api.settings import DEFAULT_BEAM, Settings
-from klkit.models.base import LanguageModel, Named
+from klkit.models.base import LanguageModel, Named, VocabularyMismatch
 from klkit.models.byte_level import BYTES, ByteLevel, byte_level
+from klkit.models.token_bytes import byte_lengths
 from klkit.models.wrap import temperature
 
 
@@ -22,6 +27,21 @@ def over_bytes(model: LanguageModel, settings: Settings) -> ByteLevel:
 def symbol_of(model: Named) -> str:
     """What the model chooses at each decision, in a word."""
     return "byte" if getattr(model, "vocabulary", None) == BYTES else "token"
+
+
+def text_sizes(model: LanguageModel) -> Int[Tensor, " v"] | None:
+    """How many bytes of text each symbol of the model's vocabulary adds, ``(v,)``; None where that is not known.
+
+    Ends, and tokens that stand for no text, add none.
+    """
+    if model.vocabulary == BYTES:
+        sizes = torch.ones(BYTES.size, dtype=torch.long)
+        sizes[list(BYTES.ends)] = 0
+        return sizes
+    try:
+        return byte_lengths(model)
+    except VocabularyMismatch:
+        return None
 
 
 def cost_notes(*models: LanguageModel) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from klkit.api.words import interval_text
 from klkit.estimators.audit import mismatch
 from klkit.estimators.strings import StringStatistics
 from klkit.estimators.tally import Tally
-from klkit.results import Estimate, jsonable
+from klkit.results import NATS_PER_BIT, Estimate, jsonable
 from klkit.stats.intervals import cluster_totals, ratio_interval, ratio_stderr
 from klkit.stats.quantiles import quantile_interval
 
@@ -55,6 +55,32 @@ def per_token(strings: StringStatistics, roles: tuple[str, str] = ("p", "q")) ->
         found[name] = {"value": jsonable(mean), "stderr": jsonable(error)}
     totals, weights = cluster_totals(lengths, np.ones(len(lengths)), cluster)
     found["mean_length"] = {"value": float(lengths.mean()), "stderr": jsonable(ratio_stderr(totals, weights))}
+    return found
+
+
+def bits_per_byte(
+    strings: StringStatistics, sizes: Float[Tensor, " n"] | None, roles: tuple[str, str] = ("p", "q")
+) -> dict[str, Any]:
+    """``−Σ log2 p(y) / Σ bytes(y)`` of both models over the same completions, with clustered errors, by their names.
+
+    The one number that two tokenizers share. An end has no bytes, but what it cost to say that the text is over is
+    counted. Empty where the sizes of the texts are not known, or are all zero.
+
+    Args:
+        sizes: bytes of each completion's text.
+    """
+    if sizes is None or not float(sizes.sum()) > 0:
+        return {}
+    logp, cluster = strings.logp.double(), strings.cluster.numpy()
+    found: dict[str, Any] = {}
+    for role, values in zip(roles, (logp, logp - strings.log_ratio), strict=True):
+        bits = -values.numpy() / NATS_PER_BIT
+        if np.isnan(bits).any():  # neither model allows a given text
+            found[f"bits_per_byte_{role}"] = {"value": "nan", "stderr": "nan"}
+            continue
+        totals, weights = cluster_totals(bits, sizes.double().numpy(), cluster)
+        value, error = float(totals.sum() / weights.sum()), ratio_stderr(totals, weights)
+        found[f"bits_per_byte_{role}"] = {"value": jsonable(value), "stderr": jsonable(error)}
     return found
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from klkit.api.assemble import from_strings, from_text
 from klkit.api.batches import FLOOR_STRINGS, SHOWN_STRINGS, floor_of
+from klkit.api.bytewise import text_sizes
 from klkit.api.candidates import (
     Candidate,
     contexts_of,
@@ -206,8 +207,8 @@ def one_candidate(contest: Contest, candidate: Candidate, spec: str) -> Entry:
 def gathered(material: Material, p: LanguageModel) -> Gathered:
     """Where the batches of a candidate are summed up."""
     if material.plan is None:
-        return Gathered(0, every=True, classes=token_classes(p), first=False)
-    return Gathered(material.plan.clusters, classes=token_classes(p), groups=material.plan.groups)
+        return Gathered(0, every=True, classes=token_classes(p), first=False, sizes=text_sizes(p))
+    return Gathered(material.plan.clusters, classes=token_classes(p), groups=material.plan.groups, sizes=text_sizes(p))
 
 
 def assembled(
@@ -266,7 +267,7 @@ def other_direction(
         folder = processes.by_first(lambda: pair_folder(where / "from_q", backwards, env, contest.resume))
     plan = plan.swapped()
     if folder is not None and processes.by_first(lambda: (folder.path / RESULT).is_file()):
-        whole = Gathered(plan.clusters, classes=token_classes(pair.q), groups=plan.groups)
+        whole = Gathered(plan.clusters, classes=token_classes(pair.q), groups=plan.groups, sizes=text_sizes(pair.q))
         for batch in stored(folder, pair.q, processes):
             whole.add(batch)
     else:

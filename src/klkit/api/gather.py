@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,6 +32,7 @@ class Gathered:
         classes: the kind of each token (``token_classes``); without, nothing is broken down by kind.
         groups: the group of each prompt, if prompts have one.
         first: whether strings begin where responses do.
+        sizes: bytes of text that each token stands for (``text_sizes``); without, texts have no known size.
 
     Attributes:
         tally: what estimators and checks read.
@@ -46,6 +47,7 @@ class Gathered:
         classes: Int[Tensor, " v"] | None = None,
         groups: Sequence[str] | None = None,
         first: bool = True,
+        sizes: Int[Tensor, " v"] | None = None,
     ) -> None:
         self.tally = Tally(deal(np.arange(clusters)) if clusters else None)
         self.floor = torch.zeros(0, dtype=torch.float64)
@@ -56,6 +58,8 @@ class Gathered:
         self._shown: list[tuple[TokenStatistics, Details, int]] = []
         self._every: list[Tensor] | None = [] if every else None
         self._strings = 0
+        self._sizes = sizes
+        self._bytes: list[Tensor] = []
 
     def add(self, batch: Batch) -> None:
         """Count in a batch."""
@@ -72,6 +76,8 @@ class Gathered:
         if self._every is not None:
             self._every.append(statistics.rows.kl)
         self._strings += len(statistics.x)
+        if self._sizes is not None:
+            self._bytes.append(statistics.per_string(self._sizes[statistics.x.targets()].double()))
 
     def __len__(self) -> int:
         return self._strings
@@ -80,6 +86,11 @@ class Gathered:
     def strings(self) -> StringStatistics:
         """The sums of every string."""
         return self.tally.strings()
+
+    @property
+    def bytes(self) -> Float[Tensor, " n"] | None:
+        """How long the text of every completion is, if that is known; an end adds nothing."""
+        return None if self._sizes is None else torch.cat(self._bytes)
 
     @property
     def shown(self) -> Shown:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from klkit.api.assemble import from_strings, from_text, from_two_directions
 from klkit.api.batches import FLOOR_STRINGS, batches_of, describe, floor_of, no_details
-from klkit.api.bytewise import cost_notes
+from klkit.api.bytewise import cost_notes, text_sizes
 from klkit.api.drawn import Sampler
 from klkit.api.gather import Gathered
 from klkit.api.plan import Plan
@@ -39,6 +39,7 @@ from klkit.api.rounds import in_rounds
 from klkit.api.settings import KLKIT, Settings
 from klkit.api.strings import ALONE, Observer, run_strings, stored
 from klkit.api.text import Windows, cut
+from klkit.api.tokenizers import prepare_or_explain
 from klkit.estimators.statistics import score
 from klkit.estimators.variates import token_features
 from klkit.models.base import LanguageModel
@@ -179,7 +180,7 @@ def measure_prompts(
     """Estimand S and R, and what is put together from both directions."""
 
     def ready() -> tuple[Pair, Plan, dict[str, Any], LanguageModel | None]:
-        pair = prepare(p, q, settings, prompts)
+        pair = prepare_or_explain(p, q, settings, prompts)
         plan, notes = make_plan(pair, settings, prompts)
         pair = replace(pair, notes=(*pair.notes, *notes))
         env = environment(settings, pair) | {"contexts": contexts_digest(plan)}
@@ -252,7 +253,7 @@ def draw_strings(
     pair: Pair, plan: Plan, settings: Settings, folder: RunFolder | None, share: Share, *, mixture: bool = False
 ) -> Gathered:
     """The strings of one direction, drawn, scored and summed up."""
-    found = Gathered(plan.clusters, classes=token_classes(pair.p), groups=plan.groups)
+    found = Gathered(plan.clusters, classes=token_classes(pair.p), groups=plan.groups, sizes=text_sizes(pair.p))
     draw_batches(
         pair,
         plan,
@@ -343,7 +344,7 @@ def measure_text(
     """Estimand F: both models read the windows of a fixed text; nothing is sampled."""
 
     def ready() -> tuple[Pair, dict[str, Any], Windows]:
-        pair = prepare(p, q, settings)
+        pair = prepare_or_explain(p, q, settings, documents=documents)
         context = shortest(settings.context, pair.p.window, pair.q.window)
         return pair, environment(settings, pair), cut(documents, lambda text: document_ids(pair.p, text), context)
 
@@ -352,7 +353,7 @@ def measure_text(
     require_alike(env, processes)
     folder = start(out, settings, env, resume, processes)
     size = settings.batch_size if isinstance(settings.batch_size, int) else 16
-    found = Gathered(0, every=True, classes=token_classes(pair.p), first=False)
+    found = Gathered(0, every=True, classes=token_classes(pair.p), first=False, sizes=text_sizes(pair.p))
     number = 0
 
     def work(rows: Tensor) -> Batch:

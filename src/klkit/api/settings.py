@@ -17,6 +17,10 @@ SAMPLERS = (KLKIT, VLLM)
 WHOLE_NUMBERS = ("samples", "max_tokens", "context", "seed", "beam")
 NUMBERS = ("temperature", "rtol", "halfwidth")
 ABSENT = ("prompts", "group_column", "text", "samples", "rtol", "halfwidth", "beam")  # options that may be None
+NOT_APPROXIMATE = (
+    "text", "context", "divergence", "method", "rtol", "halfwidth", "sampler", "floor", "token_js", "shared_only",
+    "bytes", "beam", "group_column",
+)  # fmt: skip
 DEFAULT_STRINGS = 256  # when --samples is not given: enough strings for this many, at least one a prompt
 MINIMUM_STRINGS = 64  # --rtol never stops before
 DEFAULT_BEAM = 8  # hypotheses at each byte, when --beam is not given
@@ -52,6 +56,7 @@ class Settings:
         shared_only: compare conditionally on the tokens that both vocabularies have.
         bytes: compare the laws of texts, byte by byte, which needs no common tokenizer.
         beam: hypotheses about the tokens that are kept at each byte; None for 8.
+        approximate: compare by one tokenisation of each text, which needs no common tokenizer and is no divergence.
         unit: ``nats`` or ``bits``, for printing.
     """
 
@@ -79,6 +84,7 @@ class Settings:
     shared_only: bool = False
     bytes: bool = False
     beam: int | None = None
+    approximate: bool = False
     unit: str = "nats"
 
     def __post_init__(self) -> None:
@@ -140,6 +146,9 @@ class Settings:
             idle, why = given("text", "shared_only"), "bytes compares sampled responses, over all 256 bytes"
         if self.beam is not None and not self.bytes:
             idle, why = ["beam"], "only the sums of bytes=True have a beam"
+        if self.approximate:
+            idle = given(*NOT_APPROXIMATE)
+            why = "approximate=True reads sampled responses in one tokenisation each, which has no such choice"
         if self.group_column is not None and not idle:
             if self.prompts is None:
                 idle, why = ["group_column"], "groups are read from the file of --prompts"
@@ -187,7 +196,7 @@ def _of_kind(name: str, value: Any) -> Any:
     elif name in NUMBERS:
         kind, fits = "a number", whole or isinstance(value, float)
         value = float(value) if whole else value
-    elif name in ("shared_only", "bytes", "token_js"):
+    elif name in ("shared_only", "bytes", "approximate", "token_js"):
         kind, fits = "true or false", isinstance(value, bool)
     else:
         kind, fits = "text", isinstance(value, str)

@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
+from klkit.api.approximate import approximate as approximate_models
+from klkit.api.approximate import approximate_run, require_plain
+from klkit.api.approximation import Approximation
 from klkit.api.candidates import Candidate
 from klkit.api.compare import compare_models
 from klkit.api.compare_run import run_compare
@@ -26,24 +29,55 @@ from klkit.sequences import Content, Prompts
 from klkit.train.processes import Processes
 
 
+@overload
 def estimate(
     p: LanguageModel | str,
     q: LanguageModel | str,
     prompts: Prompts | Sequence[Content] | str | None = None,
     *,
+    approximate: Literal[False] = False,
     out: str | Path | None = None,
     resume: bool = False,
     observe: Observer | None = None,
     draw: Sampler | None = None,
     processes: Processes = ALONE,
     **options: Any,
-) -> Comparison:
+) -> Comparison: ...
+
+
+@overload
+def estimate(
+    p: LanguageModel | str,
+    q: LanguageModel | str,
+    prompts: Prompts | Sequence[Content] | str | None = None,
+    *,
+    approximate: Literal[True],
+    processes: Processes = ALONE,
+    **options: Any,
+) -> Approximation: ...
+
+
+def estimate(
+    p: LanguageModel | str,
+    q: LanguageModel | str,
+    prompts: Prompts | Sequence[Content] | str | None = None,
+    *,
+    approximate: bool = False,
+    out: str | Path | None = None,
+    resume: bool = False,
+    observe: Observer | None = None,
+    draw: Sampler | None = None,
+    processes: Processes = ALONE,
+    **options: Any,
+) -> Comparison | Approximation:
     """Estimate ``KL(p‖q) = E_{y∼p} Σ_n Σ_a p(a|y_<n) (log p(a|y_<n) − log q(a|y_<n))``, in nats per response.
 
     Args:
         p: the model that generates: a specification such as ``"org/name,dtype=bfloat16"``, or a model.
         q: the model compared with it.
         prompts: a file, a list of texts or conversations, or None for one empty prompt.
+        approximate: for models with different tokenizers: the canonical-tokenisation number in the divergence's
+            stead, see :mod:`klkit.api.approximation`; nothing is written.
         out: run folder to write, with a report; None keeps nothing on disk.
         resume: continue the run in ``out``.
         observe: called after every batch with the state of the run.
@@ -56,7 +90,7 @@ def estimate(
 
     Raises:
         ValueError: an option, a prompt or a pair of models that cannot be used.
-        VocabularyMismatch: the models do not choose from the same tokens.
+        VocabularyMismatch: the models do not choose from the same tokens; the message says what can be compared.
 
     Source: A. Amini, T. Vieira and R. Cotterell (2025), Better Estimation of the KL Divergence Between Language
     Models, arXiv 2504.10637; the variates and intervals go beyond it, see docs/papers.md.
@@ -70,13 +104,17 @@ def estimate(
     folder = None if out is None else Path(out)
     if isinstance(prompts, str):
         options, prompts = {**options, "prompts": prompts}, None
-    settings = Settings.from_mapping({"p": _name(p), "q": _name(q), **options})
+    settings = Settings.from_mapping({"p": _name(p), "q": _name(q), "approximate": approximate, **options})
+    if approximate:
+        require_plain(out=out, resume=resume or None, observe=observe, draw=draw)
     named = isinstance(p, str) and isinstance(q, str)
     if not named and (isinstance(p, str) or isinstance(q, str)):
         raise TypeError(
             f"expected two specifications or two models, got {type(p).__name__} and {type(q).__name__}; "
             f"load both with klkit.load"
         )
+    if named and prompts is None and approximate:
+        return approximate_run(settings, processes)
     if named and prompts is None:
         return run(settings, out=folder, resume=resume, observe=observe, sampler=draw, processes=processes)
     if isinstance(p, str) or isinstance(q, str):
@@ -89,6 +127,8 @@ def estimate(
     elif prompts is not None:
         prompts = prompts if isinstance(prompts, Prompts) else Prompts(tuple(prompts))
         settings = replace(settings, prompts=f"{MEMORY}{len(prompts)} prompts")
+    if approximate:
+        return approximate_models(p, q, settings, prompts, processes)
     return measure(
         p,
         q,

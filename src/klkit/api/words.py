@@ -136,6 +136,10 @@ def lines(
         f"same top-1 {float(agreement['value']):.1%}, {apart}"
         f"entropy of {first} {headline.in_unit(float(companions[f'entropy_{first}']['value'])):.3g} {unit}"
     )
+    named = [name for name in companions if name.startswith("bits_per_byte_")]
+    if named:
+        values = (f"{name.rpartition('_')[2]} {float(companions[name]['value']):.4g}" for name in named)
+        said["bits per byte"] = f"{', '.join(values)}, of these texts, ends counted"
     if f"js_at_{first}" in companions:
         js = headline.in_unit(float(companions[f"js_at_{first}"]["value"]))
         said[f"per {headline.symbol}"] += (

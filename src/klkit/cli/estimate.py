@@ -35,6 +35,8 @@ klkit estimate org/model ./model-int4 --text wiki.txt
 
 klkit estimate klkit:docs klkit:reviews --bytes --max-tokens 32
 
+klkit estimate klkit:docs klkit:reviews --approximate --max-tokens 32
+
 torchrun --nproc-per-node 8 -m klkit estimate org/policy org/reference --prompts prompts.jsonl"""
 
 ModelP = Annotated[
@@ -69,6 +71,14 @@ def estimate_command(
             rich_help_panel=WHAT,
         ),
     ] = None,
+    approximate: Annotated[
+        bool | None,
+        typer.Option(
+            "--approximate",
+            help="Tokenizers differ: a quick number off by two errors, and an upper bound. Keeps nothing but --json.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
     beam: Annotated[
         int | None,
         typer.Option(help="Tokenisations that --bytes keeps at each byte. \\[default: 8]", rich_help_panel=HOW),
@@ -93,9 +103,10 @@ def estimate_command(
     given = {
         "p": p, "q": q, "prompts": prompts, "column": column, "group_column": group_column, "text": text,
         "context": context, "divergence": divergence, "samples": samples, "max_tokens": max_tokens,
-        "temperature": temperature, "shared_only": shared_only, "bytes": over_bytes, "beam": beam, "method": method,
-        "rtol": rtol, "halfwidth": halfwidth, "seed": seed, "dtype": dtype, "device": device,
-        "batch_size": batch_size, "sampler": sampler, "floor": floor, "token_js": token_js, "unit": unit,
+        "temperature": temperature, "shared_only": shared_only, "bytes": over_bytes, "approximate": approximate,
+        "beam": beam, "method": method, "rtol": rtol, "halfwidth": halfwidth, "seed": seed, "dtype": dtype,
+        "device": device, "batch_size": batch_size, "sampler": sampler, "floor": floor, "token_js": token_js,
+        "unit": unit,
     }  # fmt: skip
     carry_out(settings_of(given, config, "estimate"), out, json, resume)
 
@@ -181,6 +192,9 @@ def default_folder(p: str, q: str) -> Path:
 
 def carry_out(settings: Settings, out: Path | None, json_path: str | None, resume: bool) -> None:
     """Run the settings with progress, print the result, and exit by the audit's verdict."""
+    if settings.approximate:
+        carry_out_approximately(settings, out, json_path, resume)
+        return
 
     def tell(result: Comparison, folder: Path) -> None:
         from klkit.cli.show import show_result
@@ -233,6 +247,22 @@ def execute(
 
         processes.by_first(show)
         return result, processes.first
+
+
+def carry_out_approximately(settings: Settings, out: Path | None, json_path: str | None, resume: bool) -> None:
+    """Compare models with different tokenizers by one tokenisation of each text, and print the result."""
+    from klkit.api.approximate import approximate_run, require_plain
+    from klkit.api.prepare import device_of
+    from klkit.cli.show_approximation import show_approximation
+    from klkit.train.processes import open_processes
+
+    require_plain(out=out, resume=resume or None)
+    with open_processes(device_of(settings)) as processes:
+        result = approximate_run(settings, processes)
+    if json_path != "-":
+        show_approximation(result)
+    if json_path is not None:
+        write_json(result.to_dict(), json_path)
 
 
 def open_sampler(settings: Settings) -> Any:

@@ -106,9 +106,20 @@ def context_note(own: Sequence[Tensor], other: Sequence[Tensor]) -> str | None:
     )
 
 
-def _refuse_different_strings(p: LanguageModel, q: LanguageModel) -> None:
+def differing(p: LanguageModel, q: LanguageModel) -> list[tuple[int, str, str]]:
+    """Ids that stand for different strings in two models, with both strings: none where a comparison by tokens exists.
+
+    Example:
+        >>> from klkit.models.automaton import coin, finite
+        >>> differing(coin(end=0.5), finite({"b": 1.0}, symbols="b"))
+        [(0, 'a', 'b')]
+    """
     pairs = zip(p.vocabulary.tokens, q.vocabulary.tokens, strict=False)
-    wrong = [(i, a, b) for i, (a, b) in enumerate(pairs) if a is not None and b is not None and a != b]
+    return [(i, a, b) for i, (a, b) in enumerate(pairs) if a is not None and b is not None and a != b]
+
+
+def _refuse_different_strings(p: LanguageModel, q: LanguageModel) -> None:
+    wrong = differing(p, q)
     if not wrong:
         return
     listed = "; ".join(f"id {i} is {a!r} in {p.name} and {b!r} in {q.name}" for i, a, b in wrong[:3])
