@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from klkit import rng
+from klkit.api.plan import Plan
 from klkit.api.settings import MINIMUM_STRINGS
-from klkit.api.strings import Plan
 from klkit.estimators import summarise
 from klkit.estimators.exact import exact
 from klkit.estimators.statistics import TokenStatistics, score

@@ -26,7 +26,9 @@ from pathlib import Path
 import torch
 
 import klkit
-from klkit.api.strings import Plan, batches_of, resolve_batch_size
+from klkit.api.batches import batches_of
+from klkit.api.plan import Plan
+from klkit.api.strings import resolve_batch_size
 from klkit.models.base import log_probs
 from klkit.sampling.ancestral import sample
 from klkit.sequences import Sequences

@@ -209,6 +209,36 @@ def test_what_p_said_is_enough_without_p(tmp_path):
         kept.encode(kept.cache.strings([0]))
 
 
+def test_parts_of_laws_give_the_same_number_without_bias(tmp_path):
+    """On automata of few symbols all tokens are kept, so parts are the whole; with fewer, draws scatter around it."""
+    p, qs = automata(2)
+    whole = compare_models(p, waiting(qs), settings(qs))
+    parts = compare_models(p, waiting(qs), settings(qs, keep="hybrid"), out=tmp_path / "run")
+    for one, other in zip(whole.entries, parts.entries, strict=True):
+        rb, again = (next(e for e in x.result.estimates if e.method == "rb") for x in (one, other))
+        assert again.value == pytest.approx(rb.value, rel=1e-6)
+        assert other.result.companions["total_variation"]["value"] == "nan"  # needs the whole law of p
+    kept = RecordedModel.open(tmp_path / "run" / "reference")
+    assert kept.cache.kind == "hybrid"
+    without = compare_models(kept, waiting(qs), settings(qs))
+    assert values(without) == pytest.approx(values(parts), rel=1e-12)
+
+
+def test_a_reference_is_found_again_by_what_it_is_made_of(tmp_path):
+    p, qs = automata(2)
+    store = {"cache": str(tmp_path / "store")}
+    first = compare_models(p, waiting(qs[:1]), settings(qs[:1], **store))
+    asked = Counting(p)
+    again = compare_models(asked, waiting(qs), settings(qs, **store))
+    assert asked.begun == asked.encoded == 0
+    assert values(again)[qs[0].name] == values(first)[qs[0].name]
+    assert len([path for path in (tmp_path / "store").iterdir() if path.is_dir()]) == 1
+    compare_models(asked, waiting(qs), settings(qs, seed=1, **store))
+    assert asked.begun > 0
+    with pytest.raises(ValueError, match="expected a cache of at most 1 KB"):
+        compare_models(p, waiting(qs), settings(qs, seed=2, cache_limit="1KB", **store))
+
+
 def test_a_damaged_reference_is_not_read(tmp_path):
     p, qs = automata(1)
     compare_models(p, waiting(qs), settings(qs, batch_size=60), out=tmp_path / "run")
@@ -255,6 +285,8 @@ def test_each_candidate_has_a_page_and_the_run_a_table(tmp_path):
         ({"candidates": ["a"], "both": True, "text": "t.txt"}, "neither model wrote"),
         ({"candidates": ["a"], "cache_limit": "1GB"}, "--cache FOLDER"),
         ({"candidates": ["a"], "both": "yes"}, "true or false"),
+        ({"candidates": ["a"], "keep": "logits"}, "hidden, hybrid"),
+        ({"candidates": ["a"], "cache": "c", "cache_limit": "much"}, "a size such as"),
         ({"candidates": ["a"], "sample": 3}, "did you mean 'samples'"),
     ],
 )

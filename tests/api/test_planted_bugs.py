@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-import klkit.api.strings as strings
+import klkit.api.batches as batches
 from klkit.api.run import measure
 from klkit.api.settings import Settings
 from klkit.models.spec import load_pair
 from klkit.models.wrap import temperature, top_p
 
 SETTINGS = Settings(p="klkit:docs-lora", q="klkit:docs", samples=256, max_tokens=48)
-real = strings.sample
+real = batches.sample
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def shifted(model, *arguments, **options):
 
 
 def audited(pair, monkeypatch, sample):
-    monkeypatch.setattr(strings, "sample", sample)
+    monkeypatch.setattr(batches, "sample", sample)
     return measure(*pair, SETTINGS).audit
 
 

@@ -185,16 +185,16 @@ def test_out_that_cannot_be_written(run):
 
 def test_a_failed_audit_is_loud(run, monkeypatch):
     """Strings of a warmer p passed off as p's: the number is printed with the failure, and the exit code is 1."""
-    import klkit.api.strings as strings
+    import klkit.api.batches as batches
     from klkit.models.wrap import temperature
 
-    real = strings.sample
+    real = batches.sample
 
     def warm(model, *arguments, **options):
         draw = real(temperature(model, 1.5), *arguments, **options)
         return draw
 
-    monkeypatch.setattr(strings, "sample", warm)
+    monkeypatch.setattr(batches, "sample", warm)
     code, out, err = run("estimate", *PAIR, "--samples", "128", "--max-tokens", "24", "--out", "run")
     assert code == 1
     assert "do not use this number" in err

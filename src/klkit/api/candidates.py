@@ -13,14 +13,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from klkit.api.batches import SHOWN_TOKENS, MostProbable, describe
+from klkit.api.batches import SHOWN_TOKENS, MostProbable, describe, no_details
 from klkit.api.gather import Gathered
 from klkit.api.prepare import Pair
 from klkit.api.reference import Reference, ReferenceBatch
 from klkit.api.rounds import in_rounds
 from klkit.api.strings import LONG_RUN, stored
 from klkit.api.text import Windows
+from klkit.caches.recording import HYBRID, law
 from klkit.divergences import backends
+from klkit.estimators.cached import score_laws
 from klkit.estimators.statistics import collect
 from klkit.models.base import LanguageModel
 from klkit.models.wrap import innermost
@@ -61,15 +63,17 @@ def score_batch(
         contexts_q: what ``q`` reads before a response to each prompt, where that is not what ``p`` reads.
         shown: how many of the run's first strings are kept in detail.
     """
-    x = batch.x
+    x, hidden = batch.x, batch.kept.get("hidden")
     theirs = x if contexts_q is None else x.after([contexts_q[i] for i in x.prompt.tolist()])
     same = innermost(pair.q) is innermost(pair.p) and contexts_q is None
-    hidden_q = batch.hidden if same else pair.q.encode(theirs)
+    hidden_q = hidden if same and hidden is not None else pair.q.encode(theirs)
+    if hidden is None:
+        laws: Any = law(HYBRID, batch.kept, head=None, temperature=1.0, size=pair.p.vocabulary.size)
+        statistics = score_laws(laws, x, pair.q, hidden_q, pair.p.vocabulary.ends)
+        return Batch(statistics, no_details(), batch.floor)
     few = torch.arange(max(0, min(len(x), shown - batch.start)))
     best = MostProbable(torch.isin(x.row(), few), min(SHOWN_TOKENS, pair.p.vocabulary.size))
-    statistics = collect(
-        pair.p, batch.hidden, pair.q, hidden_q, x, features=features, js=js, backend=backend, watch=best
-    )
+    statistics = collect(pair.p, hidden, pair.q, hidden_q, x, features=features, js=js, backend=backend, watch=best)
     return Batch(statistics, best.details(few), batch.floor)
 
 

@@ -46,6 +46,9 @@ def per_token(strings: StringStatistics, roles: tuple[str, str] = ("p", "q")) ->
         columns[f"js_at_{first}"] = strings.js
     found: dict[str, Any] = {}
     for name, values in columns.items():
+        if bool(values.isnan().all()):  # not known where only parts of the first model's laws were kept
+            found[name] = {"value": "nan", "stderr": "nan"}
+            continue
         totals, weights = cluster_totals(values.numpy(), lengths, cluster)
         with np.errstate(invalid="ignore"):
             mean, error = float(totals.sum() / weights.sum()), ratio_stderr(totals, weights)

@@ -30,6 +30,7 @@ from klkit.api.material import (
     fill,
     gather_material,
     on_disk,
+    place,
     publish_material,
     recorded_material,
     room,
@@ -91,7 +92,6 @@ def compare_models(
     prompts: Prompts | None = None,
     documents: Sequence[str] | None = None,
     wide: LanguageModel | None = None,
-    reference: Path | None = None,
     out: Path | None = None,
     resume: bool = False,
     processes: Processes = ALONE,
@@ -104,7 +104,6 @@ def compare_models(
 
     Args:
         wide: ``p`` in fp32, for the floor ``dtype``.
-        reference: folder of what ``p`` says; by default one in ``out``, or memory without that.
         out: run folder; None keeps nothing on disk.
         resume: continue the run in ``out``, which may get further candidates that way.
         processes: that share the work.
@@ -129,11 +128,11 @@ def compare_models(
     folder = None
     if out is not None:
         folder = processes.by_first(lambda: RunFolder.create(out, settings.to_dict(), material.env, resume=resume))
-        reference = reference or out / "reference"
     if not isinstance(p, RecordedModel):
-        if reference is not None:
-            material = on_disk(material, reference, processes)
-            text = processes.by_first(lambda: room(material, alone, reference))
+        where = processes.by_first(lambda: place(material, alone, settings, out))
+        if where is not None:
+            material = on_disk(material, where, processes)
+            text = processes.by_first(lambda: room(material, alone, where))
             if announce is not None and processes.first and text:
                 announce(text)
         fill(material, processes, observe)

@@ -7,9 +7,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from klkit.api.settings import Settings
+from klkit.caches.recording import HIDDEN, HYBRID, Recording
+from klkit.caches.sizes import parse_size
 from klkit.models.spec import candidate_spec
 
-OWN = ("candidates", "both", "cache", "cache_limit")
+OWN = ("candidates", "both", "keep", "cache", "cache_limit")
+KEEPS = (HIDDEN, HYBRID)
+HYBRID_TOKENS, HYBRID_DRAWS = 256, 16
 OF_PAIRS = ("divergence", "rtol", "halfwidth")
 """Options of one pair that mean nothing to many: all candidates are scored on the same strings, in one direction."""
 
@@ -23,6 +27,8 @@ class CompareSettings:
         candidates: specifications of the models compared with ``p``: checkpoints, or what is done to ``p``
             (``"temperature=0.9"``, ``"peft=./adapter"``).
         both: also draw strings of every candidate, and measure ``KL(q‖p)`` on them.
+        keep: what is kept of ``p``'s laws: ``hidden`` (the laws themselves), or ``hybrid`` (the 256 likeliest tokens and
+            16 draws from the others: smaller for wide models, without bias, with more noise and fewer companions).
         cache: folder in which what ``p`` says is kept for later comparisons, or None.
         cache_limit: what that folder may hold, such as ``"20GB"``; the least recently used goes first.
 
@@ -38,6 +44,7 @@ class CompareSettings:
     common: Settings
     candidates: tuple[str, ...]
     both: bool = False
+    keep: str = HIDDEN
     cache: str | None = None
     cache_limit: str | None = None
 
@@ -54,14 +61,24 @@ class CompareSettings:
                 "expected --both where strings are sampled, got it with a fixed text, which neither model wrote; "
                 "leave it out: KL(q‖p) at the same tokens is among the companions"
             )
-        if self.cache_limit is not None and self.cache is None:
-            raise ValueError("expected a folder for --cache-limit, got no --cache; add --cache FOLDER")
+        if self.keep not in KEEPS:
+            raise ValueError(f"expected keep to be one of {', '.join(KEEPS)}, got {self.keep!r}; choose one of them")
+        if self.cache_limit is not None:
+            if self.cache is None:
+                raise ValueError("expected a folder for --cache-limit, got no --cache; add --cache FOLDER")
+            parse_size(self.cache_limit)
         twice = [name for name in self.candidates if self.candidates.count(name) > 1]
         if not self.candidates or twice:
             raise ValueError(
                 f"expected at least one candidate, each once, got {twice[0] + ' twice' if twice else 'none'}; "
                 f"as in: klkit compare klkit:docs klkit:docs-int8 klkit:docs-int4"
             )
+
+    def recording(self, vocabulary: int) -> Recording:
+        """How laws over so many tokens are recorded."""
+        if self.keep == HIDDEN:
+            return Recording()
+        return Recording(HYBRID, k=min(HYBRID_TOKENS, vocabulary), draws=HYBRID_DRAWS, seed=self.common.seed)
 
     def pair(self, i: int) -> Settings:
         """The options of ``p`` against candidate ``i``: ``klkit run`` repeats that pair with them."""
@@ -85,13 +102,13 @@ class CompareSettings:
             raise ValueError(
                 f"expected 'candidates' in a comparison of many models, got 'q': {rest['q']!r}; name it there"
             )
-        both, cache, limit = options.get("both", False), options.get("cache"), options.get("cache_limit")
-        if not isinstance(both, bool) or not all(value is None or isinstance(value, str) for value in (cache, limit)):
+        both = options.get("both", False)
+        texts = {name: options[name] for name in ("keep", "cache", "cache_limit") if options.get(name) is not None}
+        if not isinstance(both, bool) or not all(isinstance(value, str) for value in texts.values()):
             raise ValueError(
-                f"expected true or false for both and text for cache and cache_limit, got {both!r}, {cache!r} and "
-                f"{limit!r}; mend the config"
+                f"expected true or false for both and text for {', '.join(texts)}, got {both!r} and {texts}"
             )
-        return cls(Settings.from_mapping({**rest, "q": str(candidates[0])}), tuple(candidates), both, cache, limit)
+        return cls(Settings.from_mapping({**rest, "q": str(candidates[0])}), tuple(candidates), both, **texts)
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain values, for config.yaml."""

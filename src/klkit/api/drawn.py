@@ -19,6 +19,7 @@ class Drawn:
 
     Args:
         draw: draws the strings from one number to another.
+        total: how many there are at most; more than are wanted next are drawn in advance.
         processes: that share the work.
 
     Example:
@@ -28,13 +29,13 @@ class Drawn:
         >>> p = coin(end=0.5)
         >>> def draw(start, stop):
         ...     return from_policy(p, [p.context(None)] * (stop - start), max_tokens=9, seed=start)
-        >>> drawn = Drawn(draw, Processes())
+        >>> drawn = Drawn(draw, 20, Processes())
         >>> drawn.reach(0, 5), len(drawn.strings(2, 3))
         (5, 3)
     """
 
-    def __init__(self, draw: Callable[[int, int], Sequences], processes: Processes) -> None:
-        self._draw, self._processes = draw, processes
+    def __init__(self, draw: Callable[[int, int], Sequences], total: int, processes: Processes) -> None:
+        self._draw, self._total, self._processes = draw, total, processes
         self._start, self._stop = 0, 0
         self._x: Sequences | None = None
 
@@ -46,7 +47,7 @@ class Drawn:
         """
         # Smaller batches, after one that did not fit in memory, start within what is there.
         if not self._start <= start < self._stop:
-            end = min(stop, start + AT_ONCE)
+            end = min(self._total, start + AT_ONCE)
             self._x = self._processes.by_first(lambda: _checked(self._draw(start, end), end - start))
             self._start, self._stop = start, end
         return min(stop, self._stop)

@@ -28,16 +28,20 @@ from klkit.api.rounds import in_rounds
 from klkit.api.run import TOKEN_FEATURES, shortest
 from klkit.api.strings import resolve_batch_size
 from klkit.api.text import Windows, cut
+from klkit.caches.manifest import MANIFEST
 from klkit.caches.recorded import RecordedModel, publish
+from klkit.caches.recording import Recording
 from klkit.caches.shards import CacheError, Part
-from klkit.caches.sizes import CacheSize, readable, require_room
-from klkit.caches.source import ids_digest
+from klkit.caches.sizes import CacheSize, cache_size, parse_size, readable, require_room
+from klkit.caches.source import Data, Teacher, ids_digest
+from klkit.caches.store import CacheStore, key_of
 from klkit.estimators.variates import token_features
 from klkit.models.base import LanguageModel, head_of
 from klkit.sequences import Prompts, Sequences
 from klkit.train.processes import Processes
 
 TEXT_BATCH = 16
+CACHE_LIMIT = "20GB"  # what the folder of --cache may hold, unless told otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,7 @@ def gather_material(
     common = settings.common
     env = environment(common, Pair(p, p, ()))
     env["models"] = {"p": env["models"]["p"]}
+    recording = settings.recording(p.vocabulary.size)
     plan: Plan | None = None
     windows: Windows | None = None
     if documents is not None:
@@ -109,17 +114,18 @@ def gather_material(
         env["contexts"] = ids_digest([given.tokens[i, : int(stop)] for i, stop in enumerate(given.stop)])
         count, most = len(given), int(given.lengths.max())
         size = common.batch_size if isinstance(common.batch_size, int) else TEXT_BATCH
-        make = lambda start, some: given_batch(p, given, start, some)  # noqa: E731
+        make = lambda start, some: given_batch(p, given, start, some, recording)  # noqa: E731
     else:
         plan, notes = make_plan(Pair(p, p, ()), common, prompts)
         env["contexts"] = contexts_digest(plan)
         count, most, drawn = plan.total, plan.max_tokens, plan
         size = resolve_batch_size(p, plan, common.batch_size)
-        make = lambda start, some: sampled_batch(p, drawn, start, some, floor=common.floor != "none")  # noqa: E731
+        make = lambda start, some: sampled_batch(p, drawn, start, some, recording, floor=common.floor != "none")  # noqa: E731
     facts = {
         "kind": "sampled" if plan is not None else "text",
         "models": env["models"],
         "contexts": env["contexts"],
+        "recording": recording.options(),
         "strings": count,
         "batch": size,
         "samples": None if plan is None else plan.samples,
@@ -169,7 +175,7 @@ def recorded_material(p: RecordedModel, settings: CompareSettings) -> Material:
 
     env = environment(settings.common, Pair(p, p, ()))
     env["models"], env["contexts"] = {"p": env["models"]["p"]}, facts["contexts"]
-    store = FolderStore(path)
+    store = FolderStore(path, p.cache.kind)
     reference = Reference(count, size, make, store)
     plan, windows = None, None
     if kind == "sampled":
@@ -216,37 +222,65 @@ def publish_material(material: Material, p: LanguageModel) -> None:
     A model whose output head is no plain linear layer has none to keep: its folder serves this run only.
     """
     store, reference = material.reference.store, material.reference
-    if not isinstance(store, FolderStore):
+    if not isinstance(store, FolderStore) or (store.path / MANIFEST).is_file():
         return
     batches = list(reference)
     parts = [Part(i, batch.start, len(batch.x)) for i, batch in enumerate(batches)]
     strings = Sequences.cat([batch.x for batch in batches])
     limit = None if material.plan is None else material.plan.max_tokens
-    publish(store.path, p, strings, parts, max_tokens=limit, features=material.features)
+    recording = Recording(**material.facts["recording"])
+    publish(store.path, p, strings, parts, recording, max_tokens=limit, features=material.features)
 
 
-def room(material: Material, p: LanguageModel, where: Path) -> str:
-    """What the vectors of ``p`` will take at most on disk, in words.
-
-    Raises:
-        ValueError: the disk has no room for them.
-    """
+def size_on_disk(material: Material, p: LanguageModel) -> CacheSize:
+    """What is kept of ``p``'s laws, at most: strings that end early take less."""
     plan, windows, reference = material.plan, material.windows, material.reference
     decisions = reference.count * plan.max_tokens if plan is not None else windows.x.decisions if windows else 0
     head = head_of(p)
-    itemsize = p.dtype.itemsize
-    size = CacheSize(
-        decision=p.width * itemsize,
-        laws=p.width * itemsize * decisions,
-        head=0 if head is None else head.weight.numel() * head.weight.element_size(),
-        strings=0,
-        logits=2 * p.vocabulary.size * decisions,
+    size = cache_size(
+        Recording(**material.facts["recording"]),
+        decisions=decisions,
+        examples=reference.count,
+        tokens=decisions,
+        width=p.width,
+        vocabulary=p.vocabulary.size,
+        dtype=p.dtype,
+        bias=head is not None and head.bias is not None,
     )
-    require_room(size, where, None)
-    most = "at most " if plan is not None else ""
+    return size if head is not None else replace(size, head=0)
+
+
+def place(material: Material, p: LanguageModel, settings: CompareSettings, out: Path | None) -> Path | None:
+    """The folder for what ``p`` says: in the store of ``--cache``, else below the run's folder, else none.
+
+    In the store it is found again by what it is made of: the model, the prompts and how strings are drawn.
+
+    Raises:
+        ValueError: the store or the disk has no room for it.
+    """
+    size = size_on_disk(material, p)
+    if settings.cache is None:
+        if out is not None:
+            require_room(size, out, None)
+        return None if out is None else out / "reference"
+    store = CacheStore(settings.cache, parse_size(settings.cache_limit or CACHE_LIMIT))
+    data = Data(material.reference.count, 0, "", material.facts["contexts"], None)
+    sampling = {name: value for name, value in material.facts.items() if name != "notes"}
+    key = key_of(Teacher.of(p), data, Recording(**material.facts["recording"]), sampling)
+    if store.find(key) is None:
+        require_room(size, store.folder, None)
+        return store.claim(key, size.total)
+    return store.folder / key
+
+
+def room(material: Material, p: LanguageModel, where: Path) -> str:
+    """What the laws of ``p`` will take at most on disk, in words; empty where all of it is there."""
+    if all(material.reference.store.has(i) for i in range(len(material.reference))):
+        return ""
+    size = size_on_disk(material, p)
     return (
-        f"What p says will take {most}{readable(size.total)} in {where} ({size.decision:,} bytes a token); all its "
-        f"logits in half precision would take {readable(size.logits)}."
+        f"What p says will take {'at most ' if material.plan is not None else ''}{readable(size.total)} in {where} "
+        f"({size.decision:,} bytes a token); all its logits in half precision would take {readable(size.logits)}."
     )
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from klkit.api.batches import batch_floor
 from klkit.api.plan import Plan
 from klkit.caches.manifest import SHARDS
-from klkit.caches.recording import Coverage
-from klkit.caches.shards import Part, read_shard, strings_of, write_shard
+from klkit.caches.recording import HIDDEN, Coverage, Recording, record
+from klkit.caches.shards import ROWS, Part, read_shard, strings_of, write_shard
 from klkit.files import write_text
 from klkit.models.base import LanguageModel
 from klkit.report.record import RunFolderError, disk_errors
@@ -39,13 +39,14 @@ class ReferenceBatch:
     Attributes:
         start: number of the first one in the run.
         x: the strings, as ``p`` reads them.
-        hidden: trunk vectors of ``p`` at every decision, ``(m, d)``.
+        kept: what the laws of ``p`` at every decision are read from: trunk vectors ``hidden``, ``(m, d)``, or the parts
+            of a hybrid law (:mod:`klkit.caches.recording`).
         floor: ``KL(p‖p)`` between two passes of ``p``, of those among the run's first strings, nats, ``(k,)``.
     """
 
     start: int
     x: Sequences
-    hidden: Float[Tensor, "m d"]
+    kept: Mapping[str, Tensor]
     floor: Float[Tensor, " k"]
 
 
@@ -74,9 +75,11 @@ class FolderStore:
 
     Attributes:
         path: the folder of the cache.
+        kind: what is kept of a law.
     """
 
     path: Path
+    kind: str = HIDDEN
 
     @classmethod
     def open(cls, path: Path, facts: Mapping[str, Any]) -> FolderStore:
@@ -98,7 +101,7 @@ class FolderStore:
                 f"expected {path} to hold strings of this run, got others ({changes}); restore what changed, or choose "
                 f"another folder"
             )
-        return cls(path)
+        return cls(path, facts["recording"]["kind"])
 
     def has(self, index: int) -> bool:
         """Whether the batch is there."""
@@ -111,7 +114,7 @@ class FolderStore:
             CacheError: the disk refuses.
         """
         part = Part(index, batch.start, len(batch.x))
-        tensors = {"hidden": batch.hidden.cpu(), "floor": batch.floor}
+        tensors = {**{name: value.cpu() for name, value in batch.kept.items()}, "floor": batch.floor}
         if batch.x.sampler_logp is not None:
             tensors["sampler_logp"] = batch.x.sampler_logp
         write_shard(self.path / SHARDS, part, batch.x, tensors, Coverage(decisions=batch.x.decisions))
@@ -124,7 +127,8 @@ class FolderStore:
         """
         tensors = read_shard(self.path / SHARDS, index)
         size = int(json.loads((self.path / PLAN).read_text(encoding="utf-8"))["batch"])
-        return ReferenceBatch(index * size, strings_of(tensors), tensors["hidden"], tensors["floor"])
+        kept = {name: tensors[name] for name in ROWS[self.kind]}
+        return ReferenceBatch(index * size, strings_of(tensors), kept, tensors["floor"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +159,9 @@ class Reference:
         return (self.store.get(index) for index in range(len(self)))
 
 
-def sampled_batch(p: LanguageModel, plan: Plan, start: int, size: int, *, floor: bool) -> ReferenceBatch:
+def sampled_batch(
+    p: LanguageModel, plan: Plan, start: int, size: int, recording: Recording, *, floor: bool
+) -> ReferenceBatch:
     """Strings of ``p``, drawn as ``klkit estimate`` draws them: the same ones, whatever the batches.
 
     In half precision the trunk vectors are those of a teacher-forced pass, in the batch shapes in which candidates are
@@ -167,10 +173,22 @@ def sampled_batch(p: LanguageModel, plan: Plan, start: int, size: int, *, floor:
     x = draw.sequences
     checked = torch.arange(max(0, min(len(x), FLOOR_STRINGS - start)) if floor else 0)
     again = p.dtype not in (torch.float32, torch.float64)
-    return ReferenceBatch(start, x, p.encode(x) if again else draw.hidden, batch_floor(p, draw.hidden, x, checked))
+    kept = kept_of(p, p.encode(x) if again else draw.hidden, recording, x, start)
+    return ReferenceBatch(start, x, kept, batch_floor(p, draw.hidden, x, checked))
 
 
-def given_batch(p: LanguageModel, x: Sequences, start: int, size: int) -> ReferenceBatch:
+def kept_of(
+    p: LanguageModel, hidden: Float[Tensor, "m d"], recording: Recording, x: Sequences, start: int
+) -> Mapping[str, Tensor]:
+    """What is kept of ``p``'s laws; what is drawn of them depends on the numbers of the strings alone."""
+    if recording.kind == HIDDEN:
+        return {"hidden": hidden}
+    examples = torch.arange(start, start + len(x))
+    return record(p, hidden, recording, x, size=p.vocabulary.size, examples=examples)[0]
+
+
+def given_batch(p: LanguageModel, x: Sequences, start: int, size: int, recording: Recording) -> ReferenceBatch:
     """Windows of a fixed text, read by ``p``."""
     rows = x.select(torch.arange(start, start + size))
-    return ReferenceBatch(start, rows, p.encode(rows), torch.zeros(0, dtype=torch.float64))
+    kept = kept_of(p, p.encode(rows), recording, rows, start)
+    return ReferenceBatch(start, rows, kept, torch.zeros(0, dtype=torch.float64))

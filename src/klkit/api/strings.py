@@ -117,7 +117,9 @@ def run_strings(
     # for all processes: what has been compiled before may differ between machines.
     room = plan.total * plan.max_tokens * p.vocabulary.size // 2
     backend = processes.by_first(lambda: backends.choose(room, dtype=p.dtype))
-    drawn = None if sampler is None else Drawn(lambda start, stop: ask(sampler, p, plan, start, stop), processes)
+    drawn = None
+    if sampler is not None:
+        drawn = Drawn(lambda start, stop: ask(sampler, p, plan, start, stop), plan.total, processes)
 
     def work(job: tuple[int, int]) -> Batch:
         start, width = job

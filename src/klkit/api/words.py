@@ -130,13 +130,15 @@ def lines(
     if tail_verdict and tail_verdict != "light":
         said["tail"] = tail_verdict
     agreement, variation = companions["same_top"], companions["total_variation"]
+    # Where only parts of the first model's laws were kept, their variation is not known.
+    apart = "" if variation["value"] == "nan" else f"total variation {float(variation['value']):.3g}, "
     said[f"per {headline.symbol}"] = (
-        f"same top-1 {float(agreement['value']):.1%}, total variation {float(variation['value']):.3g}, "
+        f"same top-1 {float(agreement['value']):.1%}, {apart}"
         f"entropy of {first} {headline.in_unit(float(companions[f'entropy_{first}']['value'])):.3g} {unit}"
     )
     if f"js_at_{first}" in companions:
         js = headline.in_unit(float(companions[f"js_at_{first}"]["value"]))
-        said["per token"] += (
+        said[f"per {headline.symbol}"] += (
             f", Jensen-Shannon of next-token laws at contexts of {first} {js:.3g} {unit} (not that of whole responses)"
         )
     rest = companions.get("kl_of_finite_decisions")

@@ -22,7 +22,7 @@ from torch import Tensor
 from klkit.caches.build import write_head
 from klkit.caches.cache import TeacherCache
 from klkit.caches.manifest import SHARDS, Manifest
-from klkit.caches.recording import Coverage, Recording
+from klkit.caches.recording import HIDDEN, Coverage, Recording
 from klkit.caches.shards import CacheError, Part
 from klkit.caches.source import Data, Teacher
 from klkit.divergences.linear import Head
@@ -39,19 +39,22 @@ def publish(
     model: LanguageModel,
     strings: Sequences,
     parts: Sequence[Part],
+    recording: Recording,
     *,
     max_tokens: int | None = None,
     features: Float[Tensor, "v f"] | None = None,
 ) -> bool:
     """Make a cache of shards that hold what ``model`` said about ``strings``; False where it has no head to keep.
 
+    Args:
+        recording: how its laws were recorded.
+
     Raises:
         CacheError: a shard is missing, or the disk refuses.
     """
-    recording = Recording()
     try:
         head = write_head(folder, model, recording)
-        if head is None:
+        if head is None and recording.kind == HIDDEN:
             return False
         tokens = model.vocabulary.tokens
         words = {"tokens": list(tokens), "pieces": model.pieces(range(len(tokens))), "window": model.window}
@@ -144,17 +147,23 @@ class RecordedModel:
         return found
 
     @cached_property
-    def _head(self) -> Head:
+    def _head(self) -> Head | None:
         law: Any = self.cache.rows([])
-        head: Head = law.head
-        return head
+        found: Head | None = getattr(law, "head", None)
+        return found
 
-    def head(self) -> Head:
-        """Its output head."""
+    def head(self) -> Head | None:
+        """Its output head; None where only parts of its laws were kept."""
         return self._head
 
     def readout(self, h: Float[Tensor, "m d"]) -> Float[Tensor, "m v"]:
-        """Log-probabilities that vectors stand for."""
+        """Log-probabilities that vectors stand for.
+
+        Raises:
+            NotTractable: only parts of its laws were kept.
+        """
+        if self._head is None:
+            raise self._gone()
         return log_softmax(self._head.logits(h))
 
     def context(self, prompt: Content | None) -> Int[Tensor, " c"]:
@@ -175,7 +184,7 @@ class RecordedModel:
         for context in contexts:
             for i in range(len(self.cache)):
                 string = self.cache.strings([i])
-                if torch.equal(string.context(0), context) and string.decisions:
+                if self._head is not None and torch.equal(string.context(0), context) and string.decisions:
                     law: Any = self.cache.rows([i])
                     found.append(law.hidden[:1])
                     break

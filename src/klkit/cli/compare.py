@@ -57,6 +57,24 @@ def compare_command(
         bool | None,
         typer.Option("--both", help="Also KL(Q‖P), from strings of every candidate.", rich_help_panel=WHAT),
     ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="What is kept of P's laws: hidden (exact), or hybrid (256 tokens and 16 draws: unbiased, small for "
+            "wide models). \\[default: hidden]",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(help="Folder in which what P says is kept, and found again.", rich_help_panel=HOW),
+    ] = None,
+    cache_limit: Annotated[
+        str | None,
+        typer.Option(
+            help="What --cache may hold; the least recently used goes first. \\[default: 20GB]", rich_help_panel=HOW
+        ),
+    ] = None,
     method: shared.Method = None,
     seed: shared.Seed = None,
     dtype: shared.Dtype = None,
@@ -80,7 +98,8 @@ def compare_command(
         "p": p, "candidates": candidates or None, "prompts": prompts, "column": column, "group_column": group_column,
         "text": text, "context": context, "samples": samples, "max_tokens": max_tokens, "temperature": temperature,
         "shared_only": shared_only, "both": both, "method": method, "seed": seed, "dtype": dtype, "device": device,
-        "batch_size": batch_size, "floor": floor, "unit": unit,
+        "batch_size": batch_size, "floor": floor, "unit": unit, "keep": keep, "cache": cache,
+        "cache_limit": cache_limit,
     }  # fmt: skip
     options = read_config(config) if config is not None else {}
     options |= {name: value for name, value in given.items() if value is not None}

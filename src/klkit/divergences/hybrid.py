@@ -105,9 +105,9 @@ def hybrid_kl(law: Hybrid, logq: Float[Tensor, "m v"], rows: slice = slice(None)
     square = u.square()
     s = (square.sum(1, keepdim=True) - square).clamp(min=0.0) / max(draws.shape[1] - 1, 1)
     weight = torch.where(s > 0, s / torch.expm1(s), 1.0) * (there & law.whole[rows] & ~mute)[:, None]
-    # u + λ (w − 1), in a form in which nothing of the size of u cancels.
-    ratio_known = (drawn <= bound) & (weight > 0)
-    less = torch.where(ratio_known, weight * excess(-u.where(ratio_known, 0.0)) - weight * u, -weight)
+    # λ (w − 1), by way of exp(−u) − 1 + u, which is accurate for close laws.
+    heard = (drawn <= bound) & (weight > 0)
+    less = torch.where(heard, weight * excess(-u.where(heard, 0.0)) - weight * u, -weight)
 
     lost, excluded = _lost(law, rows, known, out, logq[:, :size])
     kl, plain = ((first + mass * term.mean(1)).masked_fill(lost > 0, torch.inf) for term in (u + less, u))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
-import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from klkit.caches.cache import TeacherCache
@@ -80,21 +81,41 @@ def score_cached(
         some = chosen[i : i + batch_size]
         mine = cache.strings(some) if x is None else x.select(list(range(i, i + len(some))))
         theirs = mine if contexts_q is None else mine.after(contexts_q[i : i + len(some)])
-        parts.append(_score(cache, some, mine, q, theirs, plain))
+        laws: Any = cache.rows(some, mine)
+        parts.append(score_laws(laws, mine, q, q.encode(theirs), cache.manifest.teacher.ends, plain=plain))
     return TokenStatistics.cat(parts)
 
 
-def _score(
-    cache: TeacherCache, indices: Sequence[int], x: Sequences, q: LanguageModel, y: Sequences, plain: bool
+def score_laws(
+    laws: Hidden | Hybrid,
+    x: Sequences,
+    q: LanguageModel,
+    hidden_q: Float[Tensor, "m e"],
+    ends: tuple[int, ...],
+    *,
+    plain: bool = False,
 ) -> TokenStatistics:
-    hidden, laws, ends = q.encode(y), cache.rows(indices, x), cache.manifest.teacher.ends
+    """Reduce each decision of the strings ``x`` to scalars, from what was kept of ``p``'s laws there.
+
+    Args:
+        laws: one a decision.
+        hidden_q: trunk vectors of ``q`` for the same decisions.
+        ends: tokens that end a response.
+        plain: take the hybrid estimate without control variate.
+
+    Raises:
+        VocabularyMismatch: the laws are over other ids than those of ``q``.
+    """
     if isinstance(laws, Hybrid):
-        laws = laws.to(hidden.device)
-    tokens, parts, start = x.targets(), [], 0
-    for logits in read_logits(q, hidden):
+        laws = laws.to(hidden_q.device)
+    tokens, start = x.targets(), 0
+    parts: list[RowStatistics] = []
+    for logits in read_logits(q, hidden_q):
         rows = slice(start, start + len(logits))
         drawn = tokens[rows].to(logits.device)
-        if isinstance(laws, Hidden):
+        if isinstance(laws, Hybrid):
+            parts.append(hybrid_statistics(laws, logits, drawn, ends, rows=rows, plain=plain))
+        else:
             found = laws.rows(rows)
             if found.shape != logits.shape:
                 raise VocabularyMismatch(
@@ -102,10 +123,10 @@ def _score(
                     f"of {q.name}; align the models with klkit.models.align first"
                 )
             parts.append(row_statistics(found.to(logits.device), logits, drawn, ends))
-        else:
-            assert isinstance(laws, Hybrid)
-            parts.append(hybrid_statistics(laws, logits, drawn, ends, rows=rows, plain=plain))
         start = rows.stop
-    columns = {f.name: torch.cat([getattr(part, f.name) for part in parts]).cpu() for f in fields(RowStatistics)}
-    columns |= {name: ids.int() for name, ids in columns.items() if not ids.is_floating_point()}
-    return TokenStatistics(x=x, rows=RowStatistics(**columns), features=columns["kl"].new_zeros(x.decisions, 0))
+    whole = RowStatistics.cat(parts)
+    columns: dict[str, Any] = {f.name: getattr(whole, f.name) for f in fields(RowStatistics)}
+    columns = {name: None if column is None else column.cpu() for name, column in columns.items()}
+    integers = {name: ids.int() for name, ids in columns.items() if ids is not None and not ids.is_floating_point()}
+    rows_of = RowStatistics(**{**columns, **integers})
+    return TokenStatistics(x=x, rows=rows_of, features=rows_of.kl.new_zeros(x.decisions, 0))

@@ -68,8 +68,8 @@ def anytime_difference(
         ValueError: arrays of different shapes, a contribution that is NaN or ``-inf``, or options out of range.
 
     Source: I. Waudby-Smith, D. Arbour, R. Sinha, E. Kennedy and A. Ramdas, Time-uniform central limit theory and
-    asymptotic confidence sequences (2021), arXiv 2103.06476, theorem 2.2 and the choice of ρ of its appendix; the
-    skewness as in P. Hall (1992), Journal of the Royal Statistical Society B 54(1).
+    asymptotic confidence sequences (2021), arXiv 2103.06476; the skewness as in P. Hall (1992), Journal of the Royal
+    Statistical Society B 54(1).
 
     Example:
         >>> shared = np.random.default_rng(0).exponential(size=1000)

@@ -45,7 +45,7 @@ def plan_contrast(
         ValueError: a difference of zero, contributions that are not finite, options out of range, fewer than two
             clusters, or more than ``available_prompts`` can give.
 
-    Source: E. Miller (2024), Adding Error Bars to Evals, arXiv 2411.00640, section 5; components as in
+    Source: E. Miller (2024), Adding Error Bars to Evals, arXiv 2411.00640; components as in
     :func:`klkit.stats.planning.plan`.
 
     Example:

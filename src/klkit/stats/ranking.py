@@ -124,11 +124,12 @@ def rank(
 
     Raises:
         ValueError: arrays that do not fit, no candidate, NaN or negative infinite contributions, weights that are
-            none, a spread below zero, or a level outside (0, 1).
+            none, a spread that is not positive, or a level outside (0, 1).
 
     Source: S. Holm (1979), Scandinavian Journal of Statistics 6(2); P. Hall (1992), On the removal of skewness by
     transformation, Journal of the Royal Statistical Society B 54(1). Rank ranges as in C. Mogstad, J. Romano,
-    A. Shaikh and D. Wilhelm (2024), Inference for ranks, Review of Economic Studies 91(1).
+    A. Shaikh and D. Wilhelm (2024), Inference for ranks with applications to mobility across neighborhoods, Review of
+    Economic Studies 91(1).
 
     Example:
         >>> shared = np.random.default_rng(0).exponential(size=(1, 200))
@@ -192,9 +193,9 @@ def _require_usable(
             f"expected contributions that are numbers or +inf, got NaN or -inf for candidate {int(wrong.argmax())}; "
             f"look at that model's outputs"
         )
-    if not 0 < level < 1 or spread.shape != (k,) or not (np.isfinite(spread) & (spread >= 0)).all():
+    if not 0 < level < 1 or spread.shape != (k,) or not (np.isfinite(spread) & (spread > 0)).all():
         raise ValueError(
-            f"expected a level between 0 and 1 and one finite spread of at least 0 for each of {k} candidates, got "
+            f"expected a level between 0 and 1 and one finite positive spread for each of {k} candidates, got "
             f"{level} and {spread}"
         )
 
@@ -204,7 +205,8 @@ def _differences(
 ) -> tuple[Array, Array, Array, Array, NDArray[np.bool_]]:
     """Standard error, bounds and p-value of ``first − second``, and whether it is constant, ``(m,)`` each.
 
-    Pairs go through in blocks, so that what is held grows with the pairs or with the clusters, never with both.
+    Candidates are finite. Pairs go through in blocks, so that what is held grows with the pairs or with the clusters,
+    never with both.
     """
     clusters = len(sizes)
     rows = max(1, BLOCK // clusters)
