@@ -27,8 +27,8 @@ class CompareSettings:
         candidates: specifications of the models compared with ``p``: checkpoints, or what is done to ``p``
             (``"temperature=0.9"``, ``"peft=./adapter"``).
         both: also draw strings of every candidate, and measure ``KL(q‖p)`` on them.
-        keep: what is kept of ``p``'s laws: ``hidden`` (the laws themselves), or ``hybrid`` (the 256 likeliest tokens and
-            16 draws from the others: smaller for wide models, without bias, with more noise and fewer companions).
+        keep: what is kept of ``p``'s laws: ``hidden`` (the laws themselves), or ``hybrid`` (the 256 likeliest tokens
+            and 16 draws from the others: smaller for wide models, without bias, with more noise and fewer companions).
         cache: folder in which what ``p`` says is kept for later comparisons, or None.
         cache_limit: what that folder may hold, such as ``"20GB"``; the least recently used goes first.
 

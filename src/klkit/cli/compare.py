@@ -11,7 +11,7 @@ import typer
 
 from klkit.cli import AUDIT_FAILED, INTERRUPTED
 from klkit.cli import options as shared
-from klkit.cli.options import WHAT, WHERE, with_batch_size
+from klkit.cli.options import HOW, WHAT, WHERE, with_batch_size
 
 if TYPE_CHECKING:
     from klkit.api.compare_settings import CompareSettings
