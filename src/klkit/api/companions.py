@@ -53,6 +53,13 @@ def per_token(strings: StringStatistics, roles: tuple[str, str] = ("p", "q")) ->
         with np.errstate(invalid="ignore"):
             mean, error = float(totals.sum() / weights.sum()), ratio_stderr(totals, weights)
         found[name] = {"value": jsonable(mean), "stderr": jsonable(error)}
+    finite = lengths - strings.infinite.numpy()
+    if 0 < finite.sum() < lengths.sum():
+        # What is left of an infinite divergence: another quantity, under a name of its own.
+        totals, weights = cluster_totals(strings.finite_kl.numpy(), finite, cluster)
+        value, error = float(totals.sum() / weights.sum()), ratio_stderr(totals, weights)
+        share = float(finite.sum() / lengths.sum())
+        found["kl_of_finite_decisions"] = {"value": jsonable(value), "stderr": jsonable(error), "share": share}
     totals, weights = cluster_totals(lengths, np.ones(len(lengths)), cluster)
     found["mean_length"] = {"value": float(lengths.mean()), "stderr": jsonable(ratio_stderr(totals, weights))}
     return found

@@ -103,7 +103,7 @@ def plan_run(
         options: of :class:`klkit.api.settings.Settings`: ``prompts``, ``max_tokens``, ….
 
     Raises:
-        ValueError: not exactly one target, or models and options that cannot be used.
+        ValueError: not exactly one target, one that is not positive, or models and options that cannot be used.
     """
     one = len(candidates) == 1
     given = [x for x in (rtol, halfwidth) if x is not None]
@@ -112,6 +112,12 @@ def plan_run(
             f"expected one candidate with rtol or halfwidth, or two with a difference to resolve, got "
             f"{len(candidates)} with rtol={rtol}, halfwidth={halfwidth} and difference={difference}; as in: klkit plan "
             f"P Q --rtol 0.05, or klkit plan P Q1 Q2 --difference 0.01"
+        )
+    targets = {"rtol": rtol, "halfwidth": halfwidth, "difference": difference}
+    wrong = [f"{name}={x}" for name, x in targets.items() if x is not None and not 0 < x < math.inf]
+    if wrong:
+        raise ValueError(
+            f"expected a positive finite target, got {wrong[0]}; 0.05 asks rtol for ± 5 %, the others are in nats"
         )
     rest = {name: value for name, value in options.items() if name not in ("prompts", "column", "samples")}
     source = options.get("prompts")

@@ -130,6 +130,8 @@ class Settings:
 
         if self.text is None:
             idle, why = given("context"), "windows are cut from --text only"
+            if self.prompts is None and not idle:
+                idle, why = given("column"), "fields are read from the files of --prompts and --text"
         else:
             idle = given("prompts", "divergence", "rtol", "halfwidth", "samples", "max_tokens", "method", "sampler")
             idle += ["floor"] if self.floor in ("dtype", "noise") else []

@@ -145,6 +145,12 @@ def lines(
         said[f"per {headline.symbol}"] += (
             f", Jensen-Shannon of next-token laws at contexts of {first} {js:.3g} {unit} (not that of whole responses)"
         )
+    rest = companions.get("kl_of_finite_decisions")
+    if rest is not None:
+        said["finite part"] = (
+            f"{headline.in_unit(float(rest['value'])):.4g} {unit} per {headline.symbol} at the {rest['share']:.1%} of "
+            f"decisions at which it is finite: not the divergence, which is infinite"
+        )
     if parts["end"]:
         said["where"] = where(headline, parts)
     return said

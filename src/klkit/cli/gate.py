@@ -60,17 +60,15 @@ def gate_command(
     resume: shared.Resume = False,
 ) -> None:
     """Is KL(P‖Q) at most --max? Exit code 0: pass, 1: fail, 3: undecided, 2: bad input."""
-    if limit is None or not limit > 0:
+    if limit is None or not 0 < limit < float("inf"):
         raise ValueError(
-            f"expected a positive limit, got --max {limit}; name the largest divergence that is acceptable, as in: "
-            f"klkit gate klkit:docs klkit:docs-int8 --max 0.05"
+            f"expected a positive finite limit, got --max {limit}; name the largest divergence that is acceptable, as "
+            f"in: klkit gate klkit:docs klkit:docs-int8 --max 0.05"
         )
     if per not in ("response", "token") or not 0.5 < level < 1:
         raise ValueError(
             f"expected --per response or token and a --level between 0.5 and 1, got {per!r} and {level}; leave them out"
         )
-    if text is not None and per != "response":
-        raise ValueError("expected --per where strings are sampled, got it with a fixed text, where all is per token")
     given = {
         "p": p, "q": q, "prompts": prompts, "column": column, "text": text, "context": context,
         "divergence": divergence, "samples": samples, "max_tokens": max_tokens, "temperature": temperature,
@@ -78,6 +76,9 @@ def gate_command(
         "dtype": dtype, "device": device, "batch_size": batch_size, "unit": unit,
     }  # fmt: skip
     settings = settings_of(given, config, "gate")
+    if per == "token" and (settings.text is not None or settings.divergence in ("js", "jeffreys")):
+        why = "a fixed text, where all is" if settings.text is not None else f"{settings.divergence}, which is not"
+        raise ValueError(f"expected --per token where it says something, got it with {why} per token; leave --per out")
     nats = limit * (NATS_PER_BIT if settings.unit == "bits" else 1.0)
 
     def tell(result: Comparison, folder: Path) -> None:

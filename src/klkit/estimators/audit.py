@@ -365,7 +365,7 @@ def excluded(evidence: Evidence, pieces: Callable[[Sequence[int]], list[str]] | 
     common = [token for token, _ in evidence.excluded.most_common(5)]
     named = ", ".join(repr(piece) for piece in pieces(common)) if pieces else ", ".join(map(str, common))
     advice = (
-        f"The divergence is infinite: at {count} of {evidence.decisions} decisions q excludes tokens to which p gives "
+        f"KL(p‖q) is infinite: at {count} of {evidence.decisions} decisions q excludes tokens to which p gives "
         f"{evidence.lost / count:.2g} on average, most often {named}; compare unprocessed models, or "
         f"use the Jensen-Shannon divergence."
     )

@@ -105,6 +105,7 @@ class TokenStatistics:
             "logp": rows.logp,
             "log_ratio": ratio,
             "kl": kl,
+            "finite_kl": kl.where(rows.lost == 0, 0.0),
             "k3": excess(-ratio),
             "surprise": (ratio - kl).where(self.usable(), 0.0),
             "infinite": rows.lost > 0,

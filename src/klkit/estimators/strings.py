@@ -32,6 +32,7 @@ class StringStatistics:
         log_drawn: ``log μ(y)``.
         log_ratio: ``U = Σ u_n``, ``u_n = log p(y_n) − log q(y_n)``.
         kl: ``Σ D_n``, ``D_n`` the divergence of a decision.
+        finite_kl: the same over the decisions at which it is finite.
         mc: ``Σ w_{≤n} u_n``.
         k3: ``Σ w_{≤n} (u_n + exp(−u_n) − 1)``.
         rb: ``Σ w_{<n} D_n``.
@@ -60,6 +61,7 @@ class StringStatistics:
     log_drawn: Float[Tensor, " n"]
     log_ratio: Float[Tensor, " n"]
     kl: Float[Tensor, " n"]
+    finite_kl: Float[Tensor, " n"]
     mc: Float[Tensor, " n"]
     k3: Float[Tensor, " n"]
     rb: Float[Tensor, " n"]

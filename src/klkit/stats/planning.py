@@ -141,7 +141,7 @@ def _target(
         raise ValueError("expected finite contributions, got infinite ones; no sample size makes their mean finite")
     target = atol if rtol is None else rtol * abs(float(contributions.sum() / weights.sum()))
     if not target:
-        raise ValueError("expected an estimate other than zero for a relative target, got 0; give atol instead")
+        raise ValueError("expected an estimate other than zero for a relative target, got 0; give a half-width instead")
     return target
 
 
