@@ -15,6 +15,7 @@ from torch import Tensor
 
 from klkit.api.batches import SHOWN_TOKENS, MostProbable, describe, no_details
 from klkit.api.gather import Gathered
+from klkit.api.plan import Plan
 from klkit.api.prepare import Pair
 from klkit.api.reference import Reference, ReferenceBatch
 from klkit.api.rounds import in_rounds
@@ -40,11 +41,13 @@ class Candidate:
         name: what tables call it.
         open: gives the model while it is needed, and frees it afterwards.
         size: of its weights, asked for while it is open; empty if not known.
+        window: tokens that it can read, where that is known before it is opened.
     """
 
     name: str
     open: Callable[[], AbstractContextManager[LanguageModel]]
     size: Callable[[], dict[str, Any]] = dict
+    window: int | None = None
 
 
 def score_batch(
@@ -129,32 +132,34 @@ def contexts_of(q: LanguageModel, contents: Sequence[Any], contexts_p: Sequence[
     return None if all(torch.equal(a, b) for a, b in zip(own, contexts_p, strict=True)) else own
 
 
-def require_room(model: LanguageModel, contexts: Sequence[Tensor], max_tokens: int) -> None:
-    """Refuse a candidate that cannot read ``p``'s strings.
+def require_room(
+    name: str, window: int | None, plan: Plan | None, windows: Windows | None, contexts: Sequence[Tensor] | None = None
+) -> None:
+    """Refuse a candidate that cannot read ``p``'s strings, or windows of the given text.
+
+    Args:
+        name: of the candidate.
+        window: tokens that it can read; None for any number, or where that is not known.
+        contexts: what it reads before each response; by default what ``p`` does.
 
     Raises:
         ValueError: its window is too short.
     """
-    longest = max(map(len, contexts))
-    if model.window is not None and longest + max_tokens > model.window:
+    if window is None:
+        return
+    if plan is None:
+        longest = 0 if windows is None else int(windows.x.stop.max())
+        if longest > window:
+            raise ValueError(
+                f"expected candidates that can read windows of {longest} tokens, got {name} with a window of {window}; "
+                f"lower --context to {window}, or leave it out"
+            )
+        return
+    longest = max(map(len, contexts or plan.contexts_p))
+    if longest + plan.max_tokens > window:
         raise ValueError(
-            f"expected candidates that can read {longest} tokens of prompt and {max_tokens} of response, got "
-            f"{model.name} with a window of {model.window}; lower --max-tokens to {max(0, model.window - longest)}, or "
-            f"leave it out"
-        )
-
-
-def require_readable(model: LanguageModel, windows: Windows | None) -> None:
-    """Refuse a candidate that cannot read windows of the given text.
-
-    Raises:
-        ValueError: its window is too short.
-    """
-    longest = 0 if windows is None else int(windows.x.stop.max())
-    if model.window is not None and longest > model.window:
-        raise ValueError(
-            f"expected candidates that can read windows of {longest} tokens, got {model.name} with a window of "
-            f"{model.window}; lower --context to {model.window}"
+            f"expected candidates that can read {longest} tokens of prompt and {plan.max_tokens} of response, got "
+            f"{name} with a window of {window}; lower --max-tokens to {max(0, window - longest)}, or leave it out"
         )
 
 

@@ -18,7 +18,6 @@ from klkit.api.candidates import (
     Candidate,
     contexts_of,
     folder_of,
-    require_readable,
     require_room,
     score_candidate,
 )
@@ -125,6 +124,8 @@ def compare_models(
         return alone, gather_material(alone, settings, prompts, documents)
 
     alone, material = processes.everywhere(ready)
+    for candidate in candidates:
+        require_room(candidate.name, candidate.window, material.plan, material.windows)
     require_alike(material.env, processes)
     folder = None
     if out is not None:
@@ -164,12 +165,9 @@ def one_candidate(contest: Contest, candidate: Candidate, spec: str) -> Entry:
             pair = prepare(contest.p, model, settings, contest.prompts)
             env = {**environment(settings, pair), "contexts": material.env["contexts"]}
             contexts_q = None
-            if material.plan is None:
-                require_readable(pair.q, material.windows)
-            else:
-                if material.contents is not None:
-                    contexts_q = contexts_of(pair.q, material.contents, material.plan.contexts_p)
-                require_room(pair.q, contexts_q or material.plan.contexts_p, material.plan.max_tokens)
+            if material.plan is not None and material.contents is not None:
+                contexts_q = contexts_of(pair.q, material.contents, material.plan.contexts_p)
+            require_room(candidate.name, pair.q.window, material.plan, material.windows, contexts_q)
             return pair, env, contexts_q
 
         pair, env, contexts_q = processes.everywhere(ready)

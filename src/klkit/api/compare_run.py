@@ -18,7 +18,7 @@ from klkit.api.settings import Settings
 from klkit.api.strings import ALONE
 from klkit.caches.recorded import RecordedModel
 from klkit.models.base import LanguageModel, VocabularyMismatch
-from klkit.models.checkpoints import quiet, read_tokenizer
+from klkit.models.checkpoints import quiet, read_tokenizer, read_window
 from klkit.models.family import Family, load_one
 from klkit.models.sizes import weight_size
 from klkit.models.spec import ModelSpec, load, locate
@@ -121,7 +121,7 @@ def member(family: Family, spec: ModelSpec, name: str) -> Candidate:
             finally:
                 opened.clear()
 
-    return Candidate(name, open_it, lambda: size_of(opened[0], spec))
+    return Candidate(name, open_it, lambda: size_of(opened[0], spec), read_window(spec))
 
 
 def alone(spec: ModelSpec, name: str) -> Candidate:
@@ -136,7 +136,7 @@ def alone(spec: ModelSpec, name: str) -> Candidate:
         finally:
             opened.clear()
 
-    return Candidate(name, open_it, lambda: size_of(opened[0], spec))
+    return Candidate(name, open_it, lambda: size_of(opened[0], spec), read_window(spec))
 
 
 def size_of(model: LanguageModel, spec: ModelSpec) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from klkit.api.settings import CAP_STRINGS, DEFAULT_BEAM, DEFAULT_STRINGS, Setti
 from klkit.api.strings import ALONE
 from klkit.models.align import align, context_note
 from klkit.models.base import LanguageModel, Named
-from klkit.models.spec import ModelSpec, load_pair
+from klkit.models.spec import ModelSpec, candidate_spec, load_pair
 from klkit.models.wrap import innermost, temperature
 from klkit.sequences import Prompts
 from klkit.stats.intervals import MINIMUM_CLUSTERS
@@ -61,7 +61,7 @@ def resolved(settings: Settings) -> Settings:
     return replace(
         settings,
         p=absolute(settings.p),
-        q=absolute(settings.q),
+        q=absolute(candidate_spec(settings.p, settings.q)),
         prompts=None if settings.prompts is None else _absolute_file(settings.prompts),
         text=None if settings.text is None else _absolute_file(settings.text),
         device=device_of(settings),

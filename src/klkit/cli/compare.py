@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from klkit.cli import AUDIT_FAILED, INTERRUPTED
+from klkit.cli import AUDIT_FAILED, INTERRUPTED, OK
 from klkit.cli import options as shared
-from klkit.cli.options import HOW, WHAT, WHERE, with_batch_size
+from klkit.cli.options import HOW, WHAT, WHERE, require_tracker, with_batch_size
 
 if TYPE_CHECKING:
     from klkit.api.compare_settings import CompareSettings
@@ -85,6 +85,7 @@ def compare_command(
     unit: shared.Unit = None,
     json: shared.Json = None,
     out: shared.Out = None,
+    track: shared.Track = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Continue the run in --out; further candidates join it.", rich_help_panel=WHERE),
@@ -92,7 +93,7 @@ def compare_command(
 ) -> None:
     """Compare many models with one: which are closer to P, and which cannot be told apart."""
     from klkit.api.compare_settings import CompareSettings
-    from klkit.cli.estimate import default_folder, read_config, write_json
+    from klkit.cli.estimate import log, read_config, write_json
 
     given = {
         "p": p, "candidates": candidates or None, "prompts": prompts, "column": column, "group_column": group_column,
@@ -111,23 +112,25 @@ def compare_command(
     if resume and out is None:
         raise ValueError("expected the folder of the run to continue, got --resume alone; add --out FOLDER")
     settings = CompareSettings.from_mapping(with_batch_size(options))
-    folder = out if out is not None else default_folder(settings.common.p, f"and-{len(settings.candidates)}")
-    ranking = carry_out(settings, folder, resume)
+    require_tracker(track)
+    ranking, folder = carry_out(settings, out, resume)
     if json != "-":
         from klkit.cli.show_ranking import show_ranking
 
         show_ranking(ranking, folder)
     if json is not None:
         write_json(ranking.to_dict(), json)
+    log(track, ranking.to_dict(), folder)
     if ranking.failed:
         print("klkit: a self-audit failed: do not use these numbers (see the audits above)", file=sys.stderr)
         sys.exit(AUDIT_FAILED)
 
 
-def carry_out(settings: CompareSettings, folder: Path, resume: bool) -> Ranking:
-    """Run the settings with progress; an interruption says how to go on."""
+def carry_out(settings: CompareSettings, out: Path | None, resume: bool) -> tuple[Ranking, Path]:
+    """Run the settings with progress; an interruption says how to go on. Of several processes the first returns."""
     from klkit.api.compare_run import run_compare
     from klkit.api.prepare import device_of
+    from klkit.cli.estimate import default_folder
     from klkit.cli.progress import Line
     from klkit.report.text import clock
     from klkit.train.processes import open_processes
@@ -143,17 +146,22 @@ def carry_out(settings: CompareSettings, folder: Path, resume: bool) -> Ranking:
         line.close()
         print(text, file=sys.stderr)
 
+    folder, first = out, True
     try:
         with open_processes(device_of(settings.common)) as processes:
+            named = f"and-{len(settings.candidates)}"
+            folder, first = out or processes.by_first(lambda: default_folder(settings.common.p, named)), processes.first
             found = run_compare(
                 settings, out=folder, resume=resume, processes=processes, announce=announce, observe=observe
             )
-            if not processes.first:
-                sys.exit(0)  # the first one prints
-            return found
+        if not first:
+            sys.exit(AUDIT_FAILED if found.failed else OK)
+        return found, folder
     except KeyboardInterrupt:
         line.close()
-        if (folder / "config.yaml").is_file():
+        if not first:
+            sys.exit(INTERRUPTED)
+        if folder is not None and (folder / "config.yaml").is_file():
             command = f"klkit compare --config {quote(str(folder / 'config.yaml'))} --out {quote(str(folder))} --resume"
             print(f"\nklkit: interrupted; finished batches are kept. Continue with:\n  {command}", file=sys.stderr)
         else:

@@ -14,7 +14,7 @@ import typer
 
 from klkit.cli import AUDIT_FAILED, INTERRUPTED
 from klkit.cli import options as shared
-from klkit.cli.options import HOW, WHAT, with_batch_size
+from klkit.cli.options import HOW, WHAT, require_tracker, with_batch_size
 
 if TYPE_CHECKING:
     from klkit.api.settings import Settings
@@ -97,6 +97,7 @@ def estimate_command(
     unit: shared.Unit = None,
     json: shared.Json = None,
     out: shared.Out = None,
+    track: shared.Track = None,
     resume: shared.Resume = False,
 ) -> None:
     """Estimate the divergence between two models: KL(P‖Q) per response, from P's own samples."""
@@ -108,7 +109,7 @@ def estimate_command(
         "device": device, "batch_size": batch_size, "sampler": sampler, "floor": floor, "token_js": token_js,
         "unit": unit,
     }  # fmt: skip
-    carry_out(settings_of(given, config, "estimate"), out, json, resume)
+    carry_out(settings_of(given, config, "estimate"), out, json, resume, track)
 
 
 def settings_of(given: Mapping[str, Any], config: Path | None, command: str) -> Settings:
@@ -190,7 +191,9 @@ def default_folder(p: str, q: str) -> Path:
     return Path("klkit-runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{short(p)}-{short(q)}"
 
 
-def carry_out(settings: Settings, out: Path | None, json_path: str | None, resume: bool) -> None:
+def carry_out(
+    settings: Settings, out: Path | None, json_path: str | None, resume: bool, track: str | None = None
+) -> None:
     """Run the settings with progress, print the result, and exit by the audit's verdict."""
     if settings.approximate:
         carry_out_approximately(settings, out, json_path, resume)
@@ -203,12 +206,22 @@ def carry_out(settings: Settings, out: Path | None, json_path: str | None, resum
             show_result(result, folder)
         if json_path is not None:
             write_json(result.to_dict(), json_path)
+        log(track, result.to_dict(), folder)
 
+    require_tracker(track)
     result, first = execute(settings, out, resume, tell)
     if result.failed:
         if first:
             print("klkit: the self-audit failed: do not use this number (see the audit above)", file=sys.stderr)
         sys.exit(AUDIT_FAILED)
+
+
+def log(tracker: str | None, result: Mapping[str, Any], folder: Path) -> None:
+    """Log a result to a tracker, if one was named."""
+    if tracker is not None:
+        from klkit.integrations.trackers import log_comparison
+
+        log_comparison(tracker, result, folder.name, folder)
 
 
 def execute(

@@ -117,6 +117,9 @@ Json = Annotated[
 Out = Annotated[
     Path | None, typer.Option(help="Run folder. \\[default: klkit-runs/<time>-<p>-<q>]", rich_help_panel=WHERE)
 ]
+Track = Annotated[
+    str | None, typer.Option(help="Also log the result to trackio, wandb or tensorboard.", rich_help_panel=WHERE)
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.", rich_help_panel=WHERE)]
 
 
@@ -132,3 +135,15 @@ def with_batch_size(options: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"expected 'auto' or a whole number for --batch-size, got {size!r}; leave it out for auto")
         return {**options, "batch_size": int(size)}
     return dict(options)
+
+
+def require_tracker(name: str | None) -> None:
+    """Refuse a tracker that there is not, or that is not installed, before anything is computed.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if name is not None:
+        from klkit.integrations.trackers import module_of
+
+        module_of(name)

@@ -43,15 +43,7 @@ def open_tracker(name: str, *, run: str, config: Mapping[str, Any], folder: Path
             ...
         ValueError: expected a tracker among trackio, wandb, tensorboard, got 'paper'
     """
-    if name not in TRACKERS:
-        raise ValueError(f"expected a tracker among {', '.join(TRACKERS)}, got {name!r}")
-    try:
-        module: Any = importlib.import_module(TRACKERS[name])
-    except ImportError as error:
-        raise ValueError(
-            f"expected {name} to be installed for --track {name}, got: {error}; pip install {name}, or leave --track "
-            f"out: metrics.jsonl has every number"
-        ) from error
+    module = module_of(name)
     if name == "tensorboard":
         writer = module.SummaryWriter(log_dir=str(folder / "tensorboard"))
 
@@ -63,6 +55,23 @@ def open_tracker(name: str, *, run: str, config: Mapping[str, Any], folder: Path
     opened = module.init(project=project, name=run, config=dict(config))
     log = getattr(opened, "log", None) or module.log
     return Tracker(lambda numbers, step: log(dict(numbers), step=step), module.finish)
+
+
+def module_of(name: str) -> Any:
+    """The module of a tracker.
+
+    Raises:
+        ValueError: no such tracker, or it is not installed.
+    """
+    if name not in TRACKERS:
+        raise ValueError(f"expected a tracker among {', '.join(TRACKERS)}, got {name!r}")
+    try:
+        return importlib.import_module(TRACKERS[name])
+    except ImportError as error:
+        raise ValueError(
+            f"expected {name} to be installed for --track {name}, got: {error}; pip install {name}, or leave --track "
+            f"out: the run folder has every number"
+        ) from error
 
 
 def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:

@@ -13,10 +13,31 @@ import huggingface_hub
 import torch
 import transformers
 
+from klkit.models.hf import window_of
 from klkit.models.rounding import round_weights
 from klkit.models.spec import ModelSpec, locate
 
 library: Any = transformers  # its own annotations are partial
+
+
+def read_window(spec: ModelSpec) -> int | None:
+    """The window of ``spec``, from its configuration alone.
+
+    Raises:
+        ValueError, OSError: as :func:`read_network`.
+    """
+    source = locate(spec.path)
+    local = Path(source).is_dir()
+    if local:
+        _check_folder(spec, Path(source))
+    with explained(spec.path):
+        config = library.AutoConfig.from_pretrained(
+            source,
+            revision=spec.revision or "main",
+            trust_remote_code=spec.trust_remote_code,
+            local_files_only=local,
+        )
+    return window_of(config.get_text_config(decoder=True))
 
 
 def read_network(spec: ModelSpec) -> tuple[Any, tuple[str, ...]]:

@@ -125,7 +125,7 @@ class HuggingFaceModel:
         self.dtype: torch.dtype = model.dtype
         self.notes: tuple[str, ...] = ()
         self.inert = False
-        self.window = _window(model.config.get_text_config(decoder=True))
+        self.window = window_of(model.config.get_text_config(decoder=True))
         probe = self._probe()
         self._network = SplitNetwork(model, probe, self.name, activate)
         self.width = self._network.width
@@ -343,6 +343,7 @@ class HuggingFaceModel:
         self.notes = (*self.notes, note)
 
 
-def _window(config: Any) -> int | None:
+def window_of(config: Any) -> int | None:
+    """The longest context plus completion that a network of this configuration can read, or None."""
     values = (getattr(config, key, None) for key in WINDOW_KEYS)
     return next((value for value in values if isinstance(value, int) and value > 0), None)
