@@ -191,8 +191,8 @@ class Approximation:
         value, byte = self.per_response.scaled(self.scale), self.per_byte.scaled(self.scale)
         return (
             f"Approximately {value.value:.4g} {self.unit} per response, {byte.value:.4g} per byte, sampling error "
-            f"± {value.stderr:.2g}, between the texts of p = {self.p} and q = {self.q}, from {self.n} responses of p of "
-            f"at most {self.max_tokens} tokens, each in its canonical tokens under q: off by two errors of opposite "
+            f"± {value.stderr:.2g}, between the texts of p = {self.p} and q = {self.q}, from {self.n} responses of p "
+            f"of at most {self.max_tokens} tokens, each in its canonical tokens under q: off by two errors of opposite "
             f"sign that are not in the ±."
         )
 
