@@ -16,6 +16,15 @@ from klkit.report.text import printable
 from klkit.results import ESTIMANDS
 
 TABLE = "table.md"
+COMPANIONS = {
+    "total_variation": "total variation",
+    "js_at_p": "JS at p's contexts",
+    "reverse_kl_at_p": "KL(q‖p) at p's contexts",
+    "entropy_p": "entropy of p",
+    "entropy_q": "entropy of q",
+    "bits_per_byte_p": "bits per byte, p",
+    "bits_per_byte_q": "bits per byte, q",
+}
 MOST_PAIRS = 60
 
 
@@ -86,10 +95,17 @@ def rows_of(result: Mapping[str, Any]) -> list[dict[str, str]]:
                 "floor": row["against_floor"]["verdict"],
                 "reverse": "" if row["reverse"] is None else number(row["reverse"]["value"]),
                 "reverse_interval": "" if row["reverse"] is None else interval(row["reverse"]["ci"]),
+                "companions": [number(companions[name]["value"]) for name, _ in beside(result)],
                 "audit": "passed" if row["result"]["audit"]["passed"] else "FAILED",
             }
         )
     return rows
+
+
+def beside(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Companions that all candidates have, per token at the contexts of ``p``: their names, and words for them."""
+    known = [row["result"]["companions"] for row in result["candidates"]]
+    return [(name, words) for name, words in COMPANIONS.items() if all(name in found for found in known)]
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -139,6 +155,7 @@ def render(result: Mapping[str, Any], links: Mapping[str, str]) -> str:
         "ranking.html",
         result=result,
         rows=rows,
+        beside=[words for _, words in beside(result)],
         pairs=result["pairs"][:MOST_PAIRS],
         more_pairs=max(0, len(result["pairs"]) - MOST_PAIRS),
         per=f"{result['unit']} {ESTIMANDS[result['estimand']]}",
