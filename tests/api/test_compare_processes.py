@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.api.test_rounds import launch, results
 
 import klkit
 from klkit.train.processes import open_processes
-from tests.api.test_rounds import launch, results
 
 MODELS = ("klkit:docs", ["klkit:docs-int4", "klkit:docs-lora", "temperature=0.8"])
 CASES = {
