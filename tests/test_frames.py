@@ -25,9 +25,12 @@ def automata(*names):
 def compared(out=None, **options):
     p, *candidates = automata("p", "a", "b", "c")
     given = {"p": "p", "candidates": [q.name for q in candidates], "samples": 60, "max_tokens": 20, **options}
-    made = [Candidate(q.name, lambda q=q: nullcontext(q)) for q in candidates]
     sizes = [{"file_bytes": 10 * (i + 1), "parameters": 7, "bits_per_weight": 4.0} for i in range(3)]
-    return compare_models(p, made, CompareSettings.from_mapping(given), sizes=sizes, out=out)
+    made = [
+        Candidate(q.name, lambda q=q: nullcontext(q), lambda size=size: size)
+        for q, size in zip(candidates, sizes, strict=True)
+    ]
+    return compare_models(p, made, CompareSettings.from_mapping(given), out=out)
 
 
 @pytest.fixture(scope="module")

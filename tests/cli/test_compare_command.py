@@ -119,8 +119,8 @@ def test_a_gate_in_bits_per_token_as_json(run):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (MODELS[:2], "positive limit"),
-        ([*MODELS[:2], "--max", "0"], "positive limit"),
+        (MODELS[:2], "positive finite limit"),
+        ([*MODELS[:2], "--max", "0"], "positive finite limit"),
         ([*MODELS[:2], "--max", "1", "--per", "word"], "response or token"),
         ([*MODELS[:2], "--max", "1", "--level", "0.2"], "between 0.5 and 1"),
         ([*MODELS[:2], "--max", "1", "--text", "t.txt", "--per", "token"], "all is per token"),

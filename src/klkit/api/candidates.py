@@ -168,7 +168,7 @@ def folder_of(root: Path | None, name: str) -> Path | None:
 
     Example:
         >>> folder_of(Path("run"), "org/name@main,dtype=bfloat16").name
-        'name-main-dtype-bfloat16-29c6'
+        'name-main-dtype-bfloat16-04f4'
     """
     if root is None:
         return None

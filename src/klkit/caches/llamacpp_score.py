@@ -61,13 +61,13 @@ class ScoredLaws:
     @staticmethod
     def cat(parts: list[ScoredLaws]) -> ScoredLaws:
         """Successive decisions, on the CPU."""
-        rows = {f.name: torch.cat([getattr(part.rows, f.name) for part in parts]).cpu() for f in fields(RowStatistics)}
+        rows = RowStatistics.cat([part.rows for part in parts]).to("cpu")
         own = {
             f.name: torch.cat([getattr(part, f.name) for part in parts]).cpu()
             for f in fields(ScoredLaws)
             if f.name != "rows"
         }
-        return ScoredLaws(rows=RowStatistics(**rows), **own)
+        return ScoredLaws(rows=rows, **own)
 
 
 @torch.no_grad()

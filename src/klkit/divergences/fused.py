@@ -78,6 +78,12 @@ class RowStatistics:
         columns |= {name: column[rows] for name, column in columns.items() if column is not None}
         return RowStatistics(**columns)
 
+    def to(self, device: torch.device | str) -> RowStatistics:
+        """The same on a device."""
+        columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(RowStatistics)}
+        columns = {name: None if x is None else x.to(device) for name, x in columns.items()}
+        return RowStatistics(**columns)
+
     @staticmethod
     def cat(parts: Sequence[RowStatistics]) -> RowStatistics:
         """Those of several tables of rows, one after the other."""

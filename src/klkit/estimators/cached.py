@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Float
@@ -124,9 +124,7 @@ def score_laws(
                 )
             parts.append(row_statistics(found.to(logits.device), logits, drawn, ends))
         start = rows.stop
-    whole = RowStatistics.cat(parts)
-    columns: dict[str, Any] = {f.name: getattr(whole, f.name) for f in fields(RowStatistics)}
-    columns = {name: None if column is None else column.cpu() for name, column in columns.items()}
-    integers = {name: ids.int() for name, ids in columns.items() if ids is not None and not ids.is_floating_point()}
-    rows_of = RowStatistics(**{**columns, **integers})
-    return TokenStatistics(x=x, rows=rows_of, features=rows_of.kl.new_zeros(x.decisions, 0))
+    whole = RowStatistics.cat(parts).to("cpu")
+    # Token ids fit into half of what they are computed in.
+    whole = replace(whole, **{name: getattr(whole, name).int() for name in ("top_p", "top_q", "excluded")})
+    return TokenStatistics(x=x, rows=whole, features=whole.kl.new_zeros(x.decisions, 0))

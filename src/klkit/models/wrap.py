@@ -144,7 +144,7 @@ def renamed(model: LanguageModel, name: str) -> Transformed:
     return Transformed(base=model, rows=lambda logp: logp, vocabulary=model.vocabulary, name=name, heads=_same)
 
 
-def innermost(model: Named) -> LanguageModel:
+def innermost(model: Named) -> Any:
     """The model under all transformations: what holds the weights.
 
     Example:
@@ -156,8 +156,7 @@ def innermost(model: Named) -> LanguageModel:
     inner: Any = model
     while hasattr(inner, "base"):
         inner = inner.base
-    found: LanguageModel = inner
-    return found
+    return inner
 
 
 def temperature(model: LanguageModel, t: float) -> Transformed:
