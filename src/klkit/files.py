@@ -10,7 +10,7 @@ from pathlib import Path
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Run ``write`` on a neighbour of ``path`` and rename it into place: whole or not at all."""
-    beside = path.with_name(path.name + ".part")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may write the same
     try:
         write(beside)
         os.replace(beside, path)

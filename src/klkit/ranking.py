@@ -103,6 +103,7 @@ class Ranking:
             "unit": head.unit,
             "method": head.method,
             "level": self.order.level,
+            "reason": self.order.reason,
             "n_sequences": head.n,
             "n_clusters": head.clusters,
             "candidates": [self._entry(i) for i in self.ranked],

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import torch
 from tests.bank import INFINITE
 from tests.tiny import folder as tiny
 
@@ -16,10 +17,10 @@ from klkit.api.compare_settings import CompareSettings
 from klkit.api.run import measure
 from klkit.api.settings import Settings
 from klkit.caches.recorded import RecordedModel
-from klkit.models.automaton import memoryless, random_automaton
-from klkit.models.base import NotTractable, VocabularyMismatch
+from klkit.models.automaton import Automaton, memoryless, random_automaton
+from klkit.models.base import NotTractable, Vocabulary, VocabularyMismatch
 from klkit.models.spec import load
-from klkit.models.wrap import temperature
+from klkit.models.wrap import renamed, temperature
 from klkit.report.record import RunFolder, RunFolderError
 from klkit.sequences import Prompts
 
@@ -172,7 +173,7 @@ def test_fixed_text_is_that_of_its_own_runs(tmp_path):
         alone = measure(p, q, Settings("p", q.name, text=str(tmp_path / "t.txt"), context=16), documents=documents)
         assert entry.result.headline.value == pytest.approx(alone.headline.value, rel=1e-6)
         assert entry.result.headline.estimand == "F"
-    assert "windows of one text" in ranking.sentence
+    assert "windows of the given text" in ranking.sentence
 
 
 def text_run(p, qs, documents, tmp_path):
@@ -226,7 +227,7 @@ def test_parts_of_laws_give_the_same_number_without_bias(tmp_path):
 
 def test_a_reference_is_found_again_by_what_it_is_made_of(tmp_path):
     p, qs = automata(2)
-    store = {"cache": str(tmp_path / "store")}
+    store = {"cache": str(tmp_path / "store"), "keep": "hybrid"}
     first = compare_models(p, waiting(qs[:1]), settings(qs[:1], **store))
     asked = Counting(p)
     again = compare_models(asked, waiting(qs), settings(qs, **store))
@@ -235,8 +236,96 @@ def test_a_reference_is_found_again_by_what_it_is_made_of(tmp_path):
     assert len([path for path in (tmp_path / "store").iterdir() if path.is_dir()]) == 1
     compare_models(asked, waiting(qs), settings(qs, seed=1, **store))
     assert asked.begun > 0
+    with pytest.raises(ValueError, match="head can be kept for --cache"):
+        compare_models(p, waiting(qs), settings(qs, cache=store["cache"]))
     with pytest.raises(ValueError, match="expected a cache of at most 1 KB"):
         compare_models(p, waiting(qs), settings(qs, seed=2, cache_limit="1KB", **store))
+
+
+class OwnTemplate(Counting):
+    """A model that reads one token more before it responds."""
+
+    def context(self, prompt):
+        return torch.cat([self.model.context(prompt), torch.tensor([0])])
+
+
+def padded(model, rows):
+    """The same model with further rows in its table, which no tokenizer names and which carry next to no mass."""
+    table = model.log_probabilities
+    wide = torch.cat([table, torch.full((len(table), rows), -20.0, dtype=table.dtype)], 1).log_softmax(1)
+    onward = torch.nn.functional.pad(model.transitions, (0, rows))
+    names = (*model.vocabulary.tokens, *[None] * rows)
+    return Automaton(wide, onward, Vocabulary(names, model.vocabulary.ends), name=f"{model.name} padded")
+
+
+@pytest.mark.parametrize("kept", ["hidden", "hybrid"])
+def test_tables_of_other_sizes(kept, monkeypatch):
+    monkeypatch.setattr("klkit.api.compare_settings.HYBRID_TOKENS", 2)
+    p, qs = automata(2)
+    for one, models in ((p, [padded(qs[0], 5), qs[1]]), (padded(p, 5), qs)):
+        found = compare_models(one, waiting(models), settings(models, keep=kept))
+        for model, entry in zip(models, found.entries, strict=True):
+            alone = measure(one, model, Settings("p", model.name, samples=120, max_tokens=30))
+            rb, again = (next(e for e in r.estimates if e.method == "rb") for r in (alone, entry.result))
+            # A table of another size is drawn from by other random numbers, so the strings are others.
+            assert abs(again.value - rb.value) <= 4 * math.hypot(again.stderr, rb.stderr)
+
+
+def test_a_reference_is_kept_with_its_temperature_prompts_and_groups(tmp_path):
+    p, *qs = (load(str(tiny("gpt2", seed=seed))) for seed in range(3))
+    models = [qs[0], OwnTemplate(qs[1])]
+    prompts = Prompts(("the film", "a dull"), groups=("one", "other"))
+    few = {"samples": 12, "max_tokens": 8, "temperature": 1.5}
+    with_p = compare_models(p, waiting(models), settings(models, **few), prompts=prompts, out=tmp_path / "run")
+    kept = RecordedModel.open(tmp_path / "run" / "reference")
+    without = compare_models(kept, waiting(models), settings(models, samples=None, max_tokens=128))
+    assert values(without) == pytest.approx(values(with_p), rel=1e-6)
+    for ranking in (with_p, without):
+        assert [row["group"] for row in ranking.entries[0].result.breakdown["by_group"]] == ["one", "other"]
+        assert any("different contexts" in note for note in ranking.entries[1].result.notes)
+    assert any("temperature 1.5" in note for note in without.entries[0].result.notes)
+
+
+def test_models_of_one_name_are_told_apart_by_what_they_say(tmp_path):
+    p, qs = automata(2)
+    store = {"cache": str(tmp_path / "store")}
+    for model in (p, renamed(qs[1], p.name), renamed(temperature(p, 0.7), p.name)):
+        cached = compare_models(model, waiting(qs[:1]), settings(qs[:1], keep="hybrid", **store))
+        assert values(cached) == pytest.approx(
+            values(compare_models(model, waiting(qs[:1]), settings(qs[:1], keep="hybrid"))), rel=1e-12
+        )
+
+
+def test_batches_of_another_size_do_not_shorten_a_resumed_run(tmp_path):
+    p, qs = automata(1)
+    whole = compare_models(p, waiting(qs), settings(qs, batch_size=30))
+    seen = []
+
+    def interrupt(stage):
+        seen.append(stage)
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare_models(p, waiting(qs), settings(qs, batch_size=30), out=tmp_path / "run", observe=interrupt)
+    again = compare_models(p, waiting(qs), settings(qs, batch_size=50), out=tmp_path / "run", resume=True)
+    assert again.entries[0].result.headline.n == 120
+    assert values(again) == values(whole)
+
+
+def test_a_run_is_not_continued_without_its_candidates(tmp_path):
+    p, qs = automata(2)
+    compare_models(p, waiting(qs[:1]), settings(qs[:1]), out=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"got none of m1; name them again"):
+        compare_models(p, waiting(qs[1:]), settings(qs[1:]), out=tmp_path / "run", resume=True)
+
+
+def test_a_crash_at_the_very_beginning_leaves_nothing_in_the_way(tmp_path):
+    p, qs = automata(1)
+    (tmp_path / "run" / "shards").mkdir(parents=True)
+    (tmp_path / "run" / "env.json").write_text("{}")
+    compare_models(p, waiting(qs), settings(qs), out=tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "result.json").is_file()
 
 
 def test_a_damaged_reference_is_not_read(tmp_path):
@@ -282,6 +371,8 @@ def test_each_candidate_has_a_page_and_the_run_a_table(tmp_path):
         ({"candidates": ["a"], "q": "b"}, "name it there"),
         ({"candidates": ["a"], "divergence": "js"}, "same strings of p"),
         ({"candidates": ["a"], "rtol": 0.1}, "same strings of p"),
+        ({"candidates": ["a"], "sampler": "vllm"}, "same strings of p"),
+        ({"candidates": ["a"], "shared_only": True}, "same strings of p"),
         ({"candidates": ["a"], "both": True, "text": "t.txt"}, "neither model wrote"),
         ({"candidates": ["a"], "cache_limit": "1GB"}, "--cache FOLDER"),
         ({"candidates": ["a"], "both": "yes"}, "true or false"),

@@ -215,7 +215,7 @@ def test_gradient_rows_sum_to_zero(backend, scale):
         getattr(divergences(a, b, js=True, backend=backend), name).sum().backward()
         for x in (a, b):
             total, norm = x.grad.double().sum(-1).abs(), x.grad.double().norm(dim=-1)
-            # Where one token has most of the mass, its own rounding is what is left: some units of it, by how a processor adds.
+            # Where one token has most of the mass, its own rounding is left: units of it, by how a processor adds.
             assert bool((total <= 4e-6 * norm).all()), (name, float((total / norm).max()))
             assert float((total <= 2e-6 * norm).double().mean()) >= 0.8, name
 

@@ -28,11 +28,17 @@ def adapters(tmp_path_factory, base):
     return [adapter(root / name, base, seed=i) for i, name in enumerate(("tuned.0", "tuned_0", "tuned.2"))]
 
 
-def parameters_alive():
-    """Numbers in all parameters that are in memory, each storage once."""
+def storages_alive():
+    """Sizes of all parameters that are in memory, each storage once."""
     gc.collect()
-    seen = {p.data_ptr(): p.numel() for p in gc.get_objects() if type(p) is torch.nn.Parameter}
-    return sum(seen.values())
+    return {p.data_ptr(): p.numel() for p in gc.get_objects() if type(p) is torch.nn.Parameter}
+
+
+@pytest.fixture
+def parameters_alive():
+    """Counts the numbers in all parameters that are in memory, but for what other tests have left there."""
+    before = storages_alive()
+    return lambda: sum(size for place, size in storages_alive().items() if place not in before)
 
 
 class TestReadOut:
@@ -75,7 +81,7 @@ class TestReadOut:
 
 
 class TestAdapters:
-    def test_come_and_go(self, base, adapters):
+    def test_come_and_go(self, base, adapters, parameters_alive):
         alone = [log_probs(load(f"{base},peft={a}")) for a in adapters]
         p, load_candidate = open_family(base, [f"peft={a}" for a in adapters])
         wanted, digest = log_probs(p), p.digest
@@ -204,7 +210,7 @@ class TestAdapters:
 
 
 class TestByThemselves:
-    def test_memory_is_p_and_one_candidate(self, base):
+    def test_memory_is_p_and_one_candidate(self, base, parameters_alive):
         other = str(folder("gpt2", seed=1))
         specs = ["dtype=float64", "round=int4", other, f"{other},temperature=0.5"]
         p, load_candidate = open_family(base, specs)

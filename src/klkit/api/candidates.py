@@ -28,7 +28,7 @@ from klkit.estimators.statistics import collect
 from klkit.models.base import LanguageModel
 from klkit.models.wrap import innermost
 from klkit.numerics import give_back_memory
-from klkit.report.record import RunFolder
+from klkit.report.record import RunFolder, RunFolderError
 from klkit.report.shards import Batch
 from klkit.train.processes import Processes
 
@@ -59,19 +59,21 @@ def score_batch(
     js: bool,
     backend: str,
     shown: int,
+    laws_size: int,
 ) -> Batch:
     """Read ``pair.q`` out over strings of ``pair.p``: the only pass of ``q``, and none of ``p``.
 
     Args:
         contexts_q: what ``q`` reads before a response to each prompt, where that is not what ``p`` reads.
         shown: how many of the run's first strings are kept in detail.
+        laws_size: ids that parts of laws are over.
     """
     x, hidden = batch.x, batch.kept.get("hidden")
     theirs = x if contexts_q is None else x.after([contexts_q[i] for i in x.prompt.tolist()])
     same = innermost(pair.q) is innermost(pair.p) and contexts_q is None
     hidden_q = hidden if same and hidden is not None else pair.q.encode(theirs)
     if hidden is None:
-        laws: Any = law(HYBRID, batch.kept, head=None, temperature=1.0, size=pair.p.vocabulary.size)
+        laws: Any = law(HYBRID, batch.kept, head=None, temperature=1.0, size=laws_size)
         statistics = score_laws(laws, x, pair.q, hidden_q, pair.p.vocabulary.ends)
         return Batch(statistics, no_details(), batch.floor)
     few = torch.arange(max(0, min(len(x), shown - batch.start)))
@@ -90,6 +92,7 @@ def score_candidate(
     js: bool,
     max_tokens: int,
     shown: int,
+    laws_size: int,
     folder: RunFolder | None,
     processes: Processes,
     observe: Callable[[int], None] | None,
@@ -107,11 +110,23 @@ def score_candidate(
     # One choice for the whole run, as there are many batches: half of the responses' room is an average guess.
     size = reference.count * max_tokens * pair.p.vocabulary.size // 2
     backend = processes.by_first(lambda: backends.choose(size, dtype=pair.p.dtype))
-    first = -(-len(found) // reference.size)
+    first, rest = divmod(len(found), reference.size)
+    if rest and len(found) != reference.count:
+        raise RunFolderError(
+            f"expected whole batches of {reference.size} strings of an unfinished candidate, got {len(found)} strings "
+            f"in {'memory' if folder is None else folder.path}: they were made from batches of another size; remove "
+            f"that folder and repeat the command with --resume"
+        )
+    first += bool(rest)
+    if features is not None and len(features) < pair.p.vocabulary.size:
+        # Rows that only the candidate's table has: p never draws them.
+        features = torch.nn.functional.pad(features, (0, 0, 0, pair.p.vocabulary.size - len(features)))
 
     def work(index: int) -> Batch:
         batch = reference.store.get(index)
-        return score_batch(pair, batch, contexts_q, features=features, js=js, backend=backend, shown=shown)
+        return score_batch(
+            pair, batch, contexts_q, features=features, js=js, backend=backend, shown=shown, laws_size=laws_size
+        )
 
     def note(index: int, batch: Batch) -> None:
         if folder is not None:
@@ -157,9 +172,10 @@ def require_room(
         return
     longest = max(map(len, contexts or plan.contexts_p))
     if longest + plan.max_tokens > window:
+        remedy = f"lower --max-tokens to {window - longest}" if longest < window else "shorten the prompts"
         raise ValueError(
             f"expected candidates that can read {longest} tokens of prompt and {plan.max_tokens} of response, got "
-            f"{name} with a window of {window}; lower --max-tokens to {max(0, window - longest)}, or leave it out"
+            f"{name} with a window of {window}; {remedy}, or leave it out"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from klkit.api.assemble import from_strings, from_text
-from klkit.api.batches import FLOOR_STRINGS, SHOWN_STRINGS, floor_of
+from klkit.api.batches import SHOWN_STRINGS, floor_of
 from klkit.api.bytewise import text_sizes
 from klkit.api.candidates import (
     Candidate,
@@ -39,17 +40,20 @@ from klkit.api.material import (
 from klkit.api.plan import Plan
 from klkit.api.prepare import Pair, environment, prepare, require_alike
 from klkit.api.rank import against_floor, rank_entries
+from klkit.api.reference import FLOOR_STRINGS
 from klkit.api.run import Share, draw_strings, shown_texts
 from klkit.api.settings import Settings
 from klkit.api.strings import ALONE, stored
 from klkit.caches.recorded import RecordedModel
+from klkit.models.align import context_note
 from klkit.models.base import LanguageModel
 from klkit.models.noise import with_rounding_noise
 from klkit.models.token_classes import token_classes
+from klkit.models.wrap import temperature
 from klkit.ranking import Entry, Ranking
 from klkit.report.html import write_report
 from klkit.report.ranking import write_ranking
-from klkit.report.record import RESULT, RunFolder
+from klkit.report.record import CONFIG, RESULT, RunFolder
 from klkit.results import Comparison
 from klkit.sequences import Prompts
 from klkit.train.processes import Processes
@@ -65,7 +69,7 @@ class Contest:
         both: whether the other direction is measured too.
         material: what all candidates are scored on.
         prompts: as they were given.
-        wide: ``p`` in fp32, for the floor ``dtype``.
+        floor: of ``p``, of its first strings, where it is not that of batch shapes.
         out: run folder, or None.
         resume: whether folders of candidates may be there.
         processes: that share the work.
@@ -77,7 +81,7 @@ class Contest:
     both: bool
     material: Material
     prompts: Prompts | None
-    wide: LanguageModel | None
+    floor: Tensor | None
     out: Path | None
     resume: bool
     processes: Processes
@@ -91,7 +95,7 @@ def compare_models(
     *,
     prompts: Prompts | None = None,
     documents: Sequence[str] | None = None,
-    wide: LanguageModel | None = None,
+    wide: Callable[[], LanguageModel] | None = None,
     out: Path | None = None,
     resume: bool = False,
     processes: Processes = ALONE,
@@ -103,7 +107,7 @@ def compare_models(
     At any time ``p`` and one candidate are in memory, and with a folder one batch of what ``p`` says.
 
     Args:
-        wide: ``p`` in fp32, for the floor ``dtype``.
+        wide: loads ``p`` in fp32, for the floor ``dtype``; it is let go of before any candidate is opened.
         out: run folder; None keeps nothing on disk.
         resume: continue the run in ``out``, which may get further candidates that way.
         processes: that share the work.
@@ -116,6 +120,12 @@ def compare_models(
     """
     observe = observe if processes.first else None
     common = settings.common
+    if common.floor == "dtype" and wide is None:
+        raise ValueError(
+            "expected models by name for the floor 'dtype', got loaded ones: klkit cannot load their fp32 form; give "
+            "specifications, or leave floor out"
+        )
+    require_all(candidates, out, resume)
 
     def ready() -> tuple[LanguageModel, Material]:
         if isinstance(p, RecordedModel):
@@ -131,17 +141,21 @@ def compare_models(
     if out is not None:
         folder = processes.by_first(lambda: RunFolder.create(out, settings.to_dict(), material.env, resume=resume))
     if not isinstance(p, RecordedModel):
-        where = processes.by_first(lambda: place(material, alone, settings, out))
-        if where is not None:
-            material = on_disk(material, where, processes)
-            text = processes.by_first(lambda: room(material, alone, where))
-            if announce is not None and processes.first and text:
-                announce(text)
-        fill(material, processes, observe)
-        processes.by_first(lambda: publish_material(material, alone))
+        with ExitStack() as building:
+            where = processes.by_first(lambda: place(material, alone, settings, out, building))
+            if where is not None:
+                material = on_disk(material, where, processes)
+                text = processes.by_first(lambda: room(material, alone, where))
+                if announce is not None and processes.first and text:
+                    announce(text)
+            fill(material, processes, observe)
+            processes.by_first(lambda: publish_material(material, alone))
+    else:
+        common = replace(common, temperature=float(material.facts["temperature"]))  # at which it was recorded
     if material.plan is not None:
         common = replace(common, samples=material.plan.samples, max_tokens=material.plan.max_tokens)
-    contest = Contest(p, common, settings.both, material, prompts, wide, out, resume, processes, observe)
+    floor = processes.by_first(lambda: other_floor(alone, material, common, wide))
+    contest = Contest(p, common, settings.both, material, prompts, floor, out, resume, processes, observe)
     entries = [one_candidate(contest, candidate, settings.pair(i).q) for i, candidate in enumerate(candidates)]
     ranking = rank_entries(entries, settings, material.env, material.notes)
     if folder is not None:
@@ -159,14 +173,17 @@ def one_candidate(contest: Contest, candidate: Candidate, spec: str) -> Entry:
     """Everything about one candidate, while it is open."""
     settings, material, processes = replace(contest.settings, q=spec), contest.material, contest.processes
     where = folder_of(contest.out, candidate.name)
-    with candidate.open() as model:
+    with ExitStack() as stack:
+        model = processes.everywhere(lambda: stack.enter_context(candidate.open()))
 
         def ready() -> tuple[Pair, dict[str, Any], list[Tensor] | None]:
-            pair = prepare(contest.p, model, settings, contest.prompts)
+            pair = pair_of(contest, model, settings)
             env = {**environment(settings, pair), "contexts": material.env["contexts"]}
             contexts_q = None
             if material.plan is not None and material.contents is not None:
                 contexts_q = contexts_of(pair.q, material.contents, material.plan.contexts_p)
+                differing = context_note(material.plan.contexts_p, contexts_q or material.plan.contexts_p)
+                pair = replace(pair, notes=(*pair.notes, *([] if differing is None else [differing])))
             require_room(candidate.name, pair.q.window, material.plan, material.windows, contexts_q)
             return pair, env, contexts_q
 
@@ -189,6 +206,7 @@ def one_candidate(contest: Contest, candidate: Candidate, spec: str) -> Entry:
                 js=settings.token_js,
                 max_tokens=settings.context if material.plan is None else settings.max_tokens,
                 shown=0 if material.plan is None else SHOWN_STRINGS,
+                laws_size=int(material.facts["size"]),
                 folder=folder,
                 processes=processes,
                 observe=done,
@@ -227,20 +245,52 @@ def assembled(
         result = from_text(whole, pair.p, pair.q, settings, material.windows, pair.notes, env)
         per_token = result.headline
     else:
-        other: LanguageModel | None = None
-        if settings.floor == "noise":
-            other = with_rounding_noise(pair.p, seed=settings.seed)
-        elif contest.wide is not None:
-            other = prepare(contest.wide, pair.q, settings, contest.prompts).p
-        shown = whole.shown.statistics.x
-        few = shown.select(torch.arange(min(len(shown), FLOOR_STRINGS)))
-        floor = None if other is None else floor_of(other, pair.p, few)
-        noise = noise if floor is None else floor
-        result = from_strings(whole, pair.p, pair.q, settings, material.plan, notes, env, floor)
+        noise = noise if contest.floor is None else contest.floor
+        result = from_strings(whole, pair.p, pair.q, settings, material.plan, notes, env, contest.floor)
         per_token = next(e for e in result.estimates if e.estimand == "R")
     if folder is not None:
         keep(folder, result, pair.p, whole)
     return Entry(candidate.name, result, per_token, candidate.size(), against_floor(whole.strings, noise))
+
+
+def require_all(candidates: Sequence[Candidate], out: Path | None, resume: bool) -> None:
+    """Refuse to continue a run without candidates that it has: they would be gone from its table.
+
+    Raises:
+        ValueError: some are missing.
+    """
+    if not (resume and out is not None and (out / CONFIG).is_file()):
+        return
+    names = {candidate.name for candidate in candidates}
+    missing = [name for name in RunFolder(out).config().get("candidates") or [] if name not in names]
+    if missing:
+        raise ValueError(
+            f"expected all candidates of the run in {out} to continue it, got none of {', '.join(missing)}; name them "
+            f"again, with any further ones"
+        )
+
+
+def pair_of(contest: Contest, model: LanguageModel, settings: Settings) -> Pair:
+    """``p`` and a candidate over one vocabulary; what was recorded of ``p`` is at the run's temperature already."""
+    if isinstance(contest.p, RecordedModel) and settings.temperature != 1.0:
+        pair = prepare(contest.p, temperature(model, settings.temperature), replace(settings, temperature=1.0))
+        note = f"both models are taken at temperature {settings.temperature:g}, at which p was recorded"
+        return replace(pair, notes=(*pair.notes, note))
+    return prepare(contest.p, model, settings, contest.prompts)
+
+
+def other_floor(
+    p: LanguageModel, material: Material, settings: Settings, wide: Callable[[], LanguageModel] | None
+) -> Tensor | None:
+    """The floor of the first strings with noise after every layer, or against fp32; None for that of batch shapes."""
+    if material.plan is None or settings.floor not in ("noise", "dtype"):
+        return None
+    x = material.reference.store.get(0).x
+    few = x.select(torch.arange(min(len(x), FLOOR_STRINGS)))
+    if settings.floor == "noise":
+        return floor_of(with_rounding_noise(p, seed=settings.seed), p, few)
+    assert wide is not None
+    return floor_of(prepare(one := wide(), one, settings).p, p, few)
 
 
 def other_direction(

@@ -17,6 +17,7 @@ from klkit.api.prompts import read_documents, read_prompts
 from klkit.api.settings import Settings
 from klkit.api.strings import ALONE
 from klkit.caches.recorded import RecordedModel
+from klkit.caches.recording import HIDDEN
 from klkit.models.base import LanguageModel, VocabularyMismatch
 from klkit.models.checkpoints import quiet, read_tokenizer, read_window
 from klkit.models.family import Family, load_one
@@ -24,6 +25,7 @@ from klkit.models.sizes import weight_size
 from klkit.models.spec import ModelSpec, load, locate
 from klkit.models.tokenization import token_strings
 from klkit.ranking import Ranking
+from klkit.report.record import CONFIG, RunFolder
 from klkit.sequences import Prompts
 from klkit.train.processes import Processes
 
@@ -57,6 +59,8 @@ def run_compare(
         OSError: a file or checkpoint that is not there.
     """
     settings = processes.everywhere(lambda: settings_resolved(settings, given=prompts is not None))
+    if resume and out is not None:
+        settings = processes.by_first(lambda: with_those_of(settings, out))
     common = settings.common
 
     def loaded() -> dict[str, Any]:
@@ -75,7 +79,8 @@ def run_compare(
         require_one_tokenizer(mine, specs, settings)
         family = Family(mine, common.p)
         candidates = [member(family, spec, name) for spec, name in zip(specs, settings.candidates, strict=True)]
-        wide = load(with_defaults(common, common.p, processes), dtype="float32") if common.floor == "dtype" else None
+        named = with_defaults(common, common.p, processes)
+        wide = (lambda: load(named, dtype="float32")) if common.floor == "dtype" else None
         found = {"prompts": given, "documents": documents, "wide": wide}
         return {"p": family.p, "candidates": candidates, **found}
 
@@ -96,6 +101,15 @@ def settings_resolved(settings: CompareSettings, *, given: bool) -> CompareSetti
     candidates = tuple(absolute(name) for name in settings.candidates)
     common = replace(common, q=candidates[0], prompts=settings.common.prompts if given else common.prompts)
     return replace(settings, common=common, candidates=candidates)
+
+
+def with_those_of(settings: CompareSettings, out: Path) -> CompareSettings:
+    """The settings with the candidates that the run in ``out`` has: new ones join them."""
+    if not (out / CONFIG).is_file():
+        return settings
+    before = RunFolder(out).config().get("candidates") or []
+    candidates = tuple(dict.fromkeys((*before, *settings.candidates)))
+    return replace(settings, common=replace(settings.common, q=candidates[0]), candidates=candidates)
 
 
 def spec_of(settings: Settings, text: str, processes: Processes) -> ModelSpec:
@@ -153,8 +167,10 @@ def require_nothing_drawn(settings: CompareSettings) -> None:
     """
     default = {f.name: f.default for f in fields(Settings)}
     given = [name for name in DRAWING if getattr(settings.common, name) != default[name]]
-    given += ["both"] if settings.both else []
-    given += ["floor"] if settings.common.floor in ("dtype", "noise") else []
+    given += [name for name in ("both", "cache", "cache_limit") if getattr(settings, name)]
+    given += ["keep"] if settings.keep != HIDDEN else []
+    given += ["floor"] if settings.common.floor != default["floor"] else []
+    given += ["batch_size"] if settings.common.batch_size != default["batch_size"] else []
     if given:
         raise ValueError(
             f"expected only options that have an effect, got {', '.join(given)}, but the strings of "

@@ -14,7 +14,7 @@ from klkit.models.spec import candidate_spec
 OWN = ("candidates", "both", "keep", "cache", "cache_limit")
 KEEPS = (HIDDEN, HYBRID)
 HYBRID_TOKENS, HYBRID_DRAWS = 256, 16
-OF_PAIRS = ("divergence", "rtol", "halfwidth", "approximate")
+OF_PAIRS = ("divergence", "rtol", "halfwidth", "sampler", "shared_only", "bytes", "beam", "approximate")
 """Options of one pair that mean nothing to many: all candidates are scored on the same strings, in one direction."""
 
 

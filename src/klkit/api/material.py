@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ from klkit.api.rounds import in_rounds
 from klkit.api.run import TOKEN_FEATURES, shortest
 from klkit.api.strings import resolve_batch_size
 from klkit.api.text import Windows, cut
+from klkit.caches.build import PROBED, rows_with_mass
 from klkit.caches.manifest import MANIFEST
 from klkit.caches.recorded import RecordedModel, publish
-from klkit.caches.recording import Recording
+from klkit.caches.recording import HIDDEN, Recording
 from klkit.caches.shards import CacheError, Part
 from klkit.caches.sizes import CacheSize, cache_size, parse_size, readable, require_room
 from klkit.caches.source import Data, Teacher, ids_digest
@@ -41,6 +43,7 @@ from klkit.sequences import Prompts, Sequences
 from klkit.train.processes import Processes
 
 TEXT_BATCH = 16
+FILES = 8192  # bytes of headers, of the manifest and of the plan
 CACHE_LIMIT = "20GB"  # what the folder of --cache may hold, unless told otherwise
 
 
@@ -106,26 +109,35 @@ def gather_material(
     env = environment(common, Pair(p, p, ()))
     env["models"] = {"p": env["models"]["p"]}
     recording = settings.recording(p.vocabulary.size)
+    contents: Sequence[Any] = prompts.contents if prompts is not None else (None,)
+    size_of_laws = p.vocabulary.size
     plan: Plan | None = None
     windows: Windows | None = None
     if documents is not None:
         windows = cut(documents, lambda text: document_ids(p, text), shortest(common.context, p.window))
         given, notes = windows.x, windows.notes
-        env["contexts"] = ids_digest([given.tokens[i, : int(stop)] for i, stop in enumerate(given.stop)])
+        parts = [given.tokens[i, : int(stop)] for i, stop in enumerate(given.stop)]
+        env["contexts"] = ids_digest([*parts, given.start, given.cluster])  # and where scoring begins
+        if recording.kind != HIDDEN:
+            size_of_laws = rows_with_mass(p, [given.context(i) for i in range(min(len(given), PROBED))])
         count, most = len(given), int(given.lengths.max())
         size = common.batch_size if isinstance(common.batch_size, int) else TEXT_BATCH
-        make = lambda start, some: given_batch(p, given, start, some, recording)  # noqa: E731
+        make = lambda start, some: given_batch(p, given, start, some, recording, size_of_laws)  # noqa: E731
     else:
         plan, notes = make_plan(Pair(p, p, ()), common, prompts)
         env["contexts"] = contexts_digest(plan)
+        if recording.kind != HIDDEN:
+            size_of_laws = rows_with_mass(p, plan.contexts_p[:PROBED])
         count, most, drawn = plan.total, plan.max_tokens, plan
         size = resolve_batch_size(p, plan, common.batch_size)
-        make = lambda start, some: sampled_batch(p, drawn, start, some, recording, floor=common.floor != "none")  # noqa: E731
+        floor = common.floor != "none"
+        make = lambda start, some: sampled_batch(p, drawn, start, some, recording, size_of_laws, floor=floor)  # noqa: E731
     facts = {
         "kind": "sampled" if plan is not None else "text",
-        "models": env["models"],
+        "model": {name: value for name, value in env["models"]["p"].items() if name != "name"},
         "contexts": env["contexts"],
         "recording": recording.options(),
+        "size": size_of_laws,
         "strings": count,
         "batch": size,
         "samples": None if plan is None else plan.samples,
@@ -134,12 +146,29 @@ def gather_material(
         "temperature": common.temperature,
         "floor": common.floor != "none",
         "notes": list(notes),
+        "contents": None if plan is None else portable(contents),
+        "groups": None if plan is None or plan.groups is None else list(plan.groups),
     }
     table = p.embedding() if plan is not None else None
     features = None if table is None else token_features(table, TOKEN_FEATURES)
-    contents = prompts.contents if prompts is not None else (None,)
     reference = Reference(count, size, make, MemoryStore())
     return Material(reference, plan, windows, contents, tuple(notes), env, facts, features)
+
+
+def portable(contents: Sequence[Any]) -> list[Any] | None:
+    """Prompts as JSON has them; None where one cannot be kept so."""
+    found = [{"ids": content.tolist()} if isinstance(content, torch.Tensor) else content for content in contents]
+    try:
+        return list(json.loads(json.dumps(found)))
+    except TypeError:
+        return None
+
+
+def restored(contents: list[Any] | None) -> list[Any] | None:
+    """Prompts from their form in JSON."""
+    if contents is None:
+        return None
+    return [torch.tensor(c["ids"], dtype=torch.long) if isinstance(c, dict) else c for c in contents]
 
 
 def on_disk(material: Material, path: Path, processes: Processes) -> Material:
@@ -149,7 +178,7 @@ def on_disk(material: Material, path: Path, processes: Processes) -> Material:
         RunFolderError: the folder holds other strings, or cannot be written.
     """
     store = processes.by_first(lambda: FolderStore.open(path, material.facts))
-    return replace(material, reference=replace(material.reference, store=store))
+    return replace(material, reference=replace(material.reference, store=store, size=store.size))
 
 
 def recorded_material(p: RecordedModel, settings: CompareSettings) -> Material:
@@ -175,7 +204,7 @@ def recorded_material(p: RecordedModel, settings: CompareSettings) -> Material:
 
     env = environment(settings.common, Pair(p, p, ()))
     env["models"], env["contexts"] = {"p": env["models"]["p"]}, facts["contexts"]
-    store = FolderStore(path, p.cache.kind)
+    store = FolderStore(path, p.cache.kind, size)
     reference = Reference(count, size, make, store)
     plan, windows = None, None
     if kind == "sampled":
@@ -184,10 +213,12 @@ def recorded_material(p: RecordedModel, settings: CompareSettings) -> Material:
             for i, prompt in enumerate(batch.x.prompt.tolist()):
                 contexts.setdefault(prompt, batch.x.context(i))
         ordered = [contexts[i] for i in sorted(contexts)]
-        plan = Plan(ordered, ordered, int(facts["samples"]), int(facts["max_tokens"]), int(facts["seed"]))
+        plan = Plan(
+            ordered, ordered, int(facts["samples"]), int(facts["max_tokens"]), int(facts["seed"]), facts["groups"]
+        )
     else:
         windows = Windows(Sequences.cat([batch.x for batch in reference]), tuple(facts["notes"]))
-    return Material(reference, plan, windows, None, notes, env, facts, p.features)
+    return Material(reference, plan, windows, restored(facts["contents"]), notes, env, facts, p.features)
 
 
 def fill(material: Material, processes: Processes, observe: Observer | None) -> None:
@@ -211,7 +242,7 @@ def fill(material: Material, processes: Processes, observe: Observer | None) -> 
         for index, batch in zip(missing, in_rounds(missing, make, processes), strict=True):
             if batch is not None:
                 reference.store.put(index, batch)
-            done(min(reference.count, (index + 1) * reference.size))
+            processes.by_first(lambda index=index: done(min(reference.count, (index + 1) * reference.size)))  # type: ignore[misc]
 
     watch(observe, name, reference.count, work)
 
@@ -236,24 +267,34 @@ def size_on_disk(material: Material, p: LanguageModel) -> CacheSize:
     """What is kept of ``p``'s laws, at most: strings that end early take less."""
     plan, windows, reference = material.plan, material.windows, material.reference
     decisions = reference.count * plan.max_tokens if plan is not None else windows.x.decisions if windows else 0
+    read = reference.count * max(map(len, plan.contexts_p)) if plan is not None else 0
+    if windows is not None:
+        read = int(windows.x.start.sum())
     head = head_of(p)
     size = cache_size(
         Recording(**material.facts["recording"]),
         decisions=decisions,
         examples=reference.count,
-        tokens=decisions,
+        tokens=decisions + read,
         width=p.width,
         vocabulary=p.vocabulary.size,
         dtype=p.dtype,
         bias=head is not None and head.bias is not None,
     )
-    return size if head is not None else replace(size, head=0)
+    words = sum(4 * len(token or "") + 16 for token in p.vocabulary.tokens)  # twice, in JSON
+    features = 0 if material.features is None else material.features.numel() * 4
+    return replace(size, head=size.head if head is not None else 0, strings=size.strings + words + features + FILES)
 
 
-def place(material: Material, p: LanguageModel, settings: CompareSettings, out: Path | None) -> Path | None:
+def place(
+    material: Material, p: LanguageModel, settings: CompareSettings, out: Path | None, building: ExitStack
+) -> Path | None:
     """The folder for what ``p`` says: in the store of ``--cache``, else below the run's folder, else none.
 
     In the store it is found again by what it is made of: the model, the prompts and how strings are drawn.
+
+    Args:
+        building: holds the cache against other processes until it is closed.
 
     Raises:
         ValueError: the store or the disk has no room for it.
@@ -265,8 +306,14 @@ def place(material: Material, p: LanguageModel, settings: CompareSettings, out: 
         return None if out is None else out / "reference"
     store = CacheStore(settings.cache, parse_size(settings.cache_limit or CACHE_LIMIT))
     data = Data(material.reference.count, 0, "", material.facts["contexts"], None)
-    sampling = {name: value for name, value in material.facts.items() if name != "notes"}
+    if head_of(p) is None and settings.keep == HIDDEN:
+        raise ValueError(
+            f"expected a model whose output head can be kept for --cache, got {p.name}, whose laws are no linear map "
+            f"of what is kept; say --keep hybrid, or leave --cache out"
+        )
+    sampling = {name: value for name, value in material.facts.items() if name not in ("notes", "batch")}
     key = key_of(Teacher.of(p), data, Recording(**material.facts["recording"]), sampling)
+    building.enter_context(store.alone(key))
     if store.find(key) is None:
         require_room(size, store.folder, None)
         return store.claim(key, size.total)

@@ -1,4 +1,4 @@
-"""What a wanted precision takes, from a pilot: prompts, responses to each, minutes and room on the disk."""
+"""What a wanted precision takes, from a pilot: prompts, responses to each, and minutes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from klkit.api.material import Stage
 from klkit.api.prompts import read_prompts
 from klkit.api.strings import Progress
 from klkit.api.verbs import compare, estimate
-from klkit.caches.sizes import readable
 from klkit.report.text import clock
 from klkit.results import Estimate, jsonable
 from klkit.rng import numpy_stream
@@ -20,7 +19,6 @@ from klkit.stats.contrasts import plan_contrast
 from klkit.stats.planning import Plan, plan
 
 PILOT_STRINGS = 64
-DECISION_BYTES = 136  # of a decision in a run folder: 16 numbers and 16 features of four bytes, and a token of eight
 SCHEMA = "klkit.plan/1"
 
 
@@ -44,11 +42,6 @@ class Planned:
     seconds: float
     tokens: float
 
-    @property
-    def size(self) -> int:
-        """Bytes of the run folder."""
-        return round(self.plan.strings * self.tokens * DECISION_BYTES)
-
     def __str__(self) -> str:
         n, m = self.plan.prompts, self.plan.strings_per_prompt
         if self.prompts == 1:
@@ -57,7 +50,7 @@ class Planned:
             amount = f"{n:,} prompts with {m:,} response{'s' if m > 1 else ''} each"
             if n > self.prompts:
                 amount += f" (there are {self.prompts:,})"
-        room = f"some {self.plan.strings * self.tokens:,.0f} tokens, {readable(self.size)} on disk"
+        room = f"some {self.plan.strings * self.tokens:,.0f} tokens"
         return (
             f"{self.goal} takes about {amount}: {clock(self.plan.seconds)} here, {room}. Planned from a pilot of "
             f"{self.pilot.n} responses."
@@ -74,7 +67,6 @@ class Planned:
             "seconds": jsonable(self.plan.seconds),
             "seconds_per_string": jsonable(self.seconds),
             "tokens_per_string": self.tokens,
-            "bytes": self.size,
             "variance_between": self.plan.between,
             "variance_within": jsonable(self.plan.within),
             "design_effect": self.plan.design_effect,

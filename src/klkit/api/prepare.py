@@ -21,7 +21,7 @@ from klkit.api.strings import ALONE
 from klkit.models.align import align, context_note
 from klkit.models.base import LanguageModel, Named
 from klkit.models.spec import ModelSpec, candidate_spec, load_pair
-from klkit.models.wrap import innermost, temperature
+from klkit.models.wrap import innermost, temperature, transformations
 from klkit.sequences import Prompts
 from klkit.stats.intervals import MINIMUM_CLUSTERS
 from klkit.train.processes import Processes
@@ -231,9 +231,9 @@ def environment(settings: Settings, pair: Pair) -> dict[str, Any]:
 
 
 def model_digest(model: Named) -> str:
-    """What tells one set of weights from another: the digest of the model under any transformations, or its name."""
+    """What tells one model's laws from another's: the digest of its weights, or its name, and what was done to it."""
     inner: Any = innermost(model)
-    return str(getattr(inner, "digest", inner.name))
+    return str(getattr(inner, "digest", inner.name)) + transformations(model)
 
 
 def alike(p: Named, q: Named) -> str:

@@ -61,9 +61,12 @@ def say(ranking: Ranking) -> str:
     head = entry.result.headline
     per = f"{head.unit} {ESTIMANDS[head.estimand]}"
     value = f"{head.direction} = {head.in_unit(head.value):.4g} {per}, {head.describe_interval(ranking.order.level)}"
-    counted = f"{head.n} {'windows of one text' if head.estimand == 'F' else 'responses of p'}"
+    counted = f"{head.n} {'windows of the given text' if head.estimand == 'F' else 'responses of p'}"
     if not rest:
         return f"{entry.name}: {value}; {head.method} from {counted}."
+    if ranking.order.reason:
+        among = f"{len(rest) + 1} candidates on the same {counted}"
+        return f"{entry.name} has the smallest estimate of {among}, {value}; {ranking.order.reason}."
     tied = ranking.tied_with(first)
     among = f"{len(rest) + 1} candidates on the same {counted}"
     tests = f"paired {head.method} differences, Holm at {1 - ranking.order.level:.0%}"

@@ -76,10 +76,12 @@ class FolderStore:
     Attributes:
         path: the folder of the cache.
         kind: what is kept of a law.
+        size: strings a batch.
     """
 
     path: Path
-    kind: str = HIDDEN
+    kind: str
+    size: int
 
     @classmethod
     def open(cls, path: Path, facts: Mapping[str, Any]) -> FolderStore:
@@ -94,14 +96,15 @@ class FolderStore:
             if not plan.is_file():
                 write_text(plan, json.dumps(dict(facts), indent=1))
             before, now = (json.loads(text) for text in (plan.read_text(encoding="utf-8"), json.dumps(dict(facts))))
-        other = [key for key in dict.fromkeys((*before, *now)) if before.get(key) != now.get(key)]
+        # The folder's own batches go on, whatever size is asked for now: no string depends on it.
+        other = [key for key in dict.fromkeys((*before, *now)) if key != "batch" and before.get(key) != now.get(key)]
         if other:
             changes = "; ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in other)
             raise RunFolderError(
                 f"expected {path} to hold strings of this run, got others ({changes}); restore what changed, or choose "
                 f"another folder"
             )
-        return cls(path, facts["recording"]["kind"])
+        return cls(path, facts["recording"]["kind"], int(before["batch"]))
 
     def has(self, index: int) -> bool:
         """Whether the batch is there."""
@@ -126,9 +129,8 @@ class FolderStore:
             CacheError: its file is missing or not what was written.
         """
         tensors = read_shard(self.path / SHARDS, index)
-        size = int(json.loads((self.path / PLAN).read_text(encoding="utf-8"))["batch"])
         kept = {name: tensors[name] for name in ROWS[self.kind]}
-        return ReferenceBatch(index * size, strings_of(tensors), kept, tensors["floor"])
+        return ReferenceBatch(index * self.size, strings_of(tensors), kept, tensors["floor"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +162,7 @@ class Reference:
 
 
 def sampled_batch(
-    p: LanguageModel, plan: Plan, start: int, size: int, recording: Recording, *, floor: bool
+    p: LanguageModel, plan: Plan, start: int, size: int, recording: Recording, laws: int, *, floor: bool
 ) -> ReferenceBatch:
     """Strings of ``p``, drawn as ``klkit estimate`` draws them: the same ones, whatever the batches.
 
@@ -173,22 +175,24 @@ def sampled_batch(
     x = draw.sequences
     checked = torch.arange(max(0, min(len(x), FLOOR_STRINGS - start)) if floor else 0)
     again = p.dtype not in (torch.float32, torch.float64)
-    kept = kept_of(p, p.encode(x) if again else draw.hidden, recording, x, start)
+    kept = kept_of(p, p.encode(x) if again else draw.hidden, recording, x, start, laws)
     return ReferenceBatch(start, x, kept, batch_floor(p, draw.hidden, x, checked))
 
 
 def kept_of(
-    p: LanguageModel, hidden: Float[Tensor, "m d"], recording: Recording, x: Sequences, start: int
+    p: LanguageModel, hidden: Float[Tensor, "m d"], recording: Recording, x: Sequences, start: int, laws: int
 ) -> Mapping[str, Tensor]:
-    """What is kept of ``p``'s laws; what is drawn of them depends on the numbers of the strings alone."""
+    """What is kept of ``p``'s laws, parts of them over ``laws`` ids; draws depend on the strings' numbers alone."""
     if recording.kind == HIDDEN:
         return {"hidden": hidden}
     examples = torch.arange(start, start + len(x))
-    return record(p, hidden, recording, x, size=p.vocabulary.size, examples=examples)[0]
+    return record(p, hidden, recording, x, size=laws, examples=examples)[0]
 
 
-def given_batch(p: LanguageModel, x: Sequences, start: int, size: int, recording: Recording) -> ReferenceBatch:
+def given_batch(
+    p: LanguageModel, x: Sequences, start: int, size: int, recording: Recording, laws: int
+) -> ReferenceBatch:
     """Windows of a fixed text, read by ``p``."""
     rows = x.select(torch.arange(start, start + size))
-    kept = kept_of(p, p.encode(rows), recording, rows, start)
+    kept = kept_of(p, p.encode(rows), recording, rows, start, laws)
     return ReferenceBatch(start, rows, kept, torch.zeros(0, dtype=torch.float64))

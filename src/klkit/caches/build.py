@@ -7,7 +7,7 @@ shards/00000-….      some strings and what is kept of their laws
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from operator import add
@@ -166,20 +166,25 @@ def _plan(
         teacher=Teacher.of(teacher),
         data=Data.of(strings, max_tokens),
         recording=recording,
-        size=teacher.vocabulary.size if recording.kind == HIDDEN else _size(teacher, strings),
+        size=teacher.vocabulary.size
+        if recording.kind == HIDDEN
+        else rows_with_mass(teacher, [strings.context(i) for i in range(min(PROBED, len(strings)))]),
         width=teacher.width,
         head=None,
         parts=tuple(parts_of(strings.lengths.tolist(), decision_bytes, shard_bytes)),
     )
 
 
-def _size(teacher: LanguageModel, strings: Sequences) -> int:
-    """Ids that parts of laws are taken over: without padding rows of the table, where these carry no mass."""
+def rows_with_mass(teacher: LanguageModel, contexts: Sequence[Tensor]) -> int:
+    """Ids that parts of laws are taken over: without padding rows of the table, where these carry no mass.
+
+    Args:
+        contexts: at whose first decision the mass is measured.
+    """
     size, used = teacher.vocabulary.size, named(teacher)
     if used == size:
         return size
-    probed = range(min(PROBED, len(strings)))
-    hidden = teacher.begin([strings.context(i) for i in probed])[1]
+    hidden = teacher.begin(contexts)[1]
     unused = teacher.readout(hidden)[:, used:].exp().sum(-1)
     return used if float(unused.max()) < NEGLIGIBLE else size
 

@@ -95,7 +95,7 @@ def write_shard(
         "finished": strings.finished,
         **tensors,
     }
-    beside = folder / f"{part.index:05d}.part"
+    beside = folder / f"{part.index:05d}.{os.getpid()}.part"
     try:
         save_file(
             {name: value.contiguous() for name, value in kept.items()},

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from klkit.models.base import LanguageModel, Vocabulary
+from klkit.models.wrap import innermost, transformations
 from klkit.sequences import Sequences
 
 
@@ -44,16 +45,13 @@ class Teacher:
             >>> from klkit.models.automaton import coin
             >>> from klkit.models.wrap import temperature
             >>> Teacher.of(coin(end=0.5)).weights, Teacher.of(temperature(coin(end=0.5), 2.0)).weights
-            ('coin(0.5)', 'coin(0.5)|temperature=2')
+            ('5551fd78150384d5', '5551fd78150384d5|temperature=2')
         """
-        inner: Any = model
-        while hasattr(inner, "base"):
-            inner = inner.base
-        done = model.name.removeprefix(inner.name) if model.name.startswith(f"{inner.name}|") else ""
+        inner = innermost(model)
         template = getattr(getattr(inner, "tokenizer", None), "chat_template", None)
         return cls(
             name=model.name,
-            weights=str(getattr(inner, "digest", inner.name)) + done,
+            weights=str(getattr(inner, "digest", inner.name)) + transformations(model),
             dtype=str(model.dtype).removeprefix("torch."),
             tokens=token_digest(model.vocabulary),
             size=model.vocabulary.size,

@@ -2,6 +2,7 @@
 
 KEY/             a cache, finished or not: see :mod:`klkit.caches.build`
 KEY.used         empty; its time says when the cache was last asked for
+KEY.lock         empty; held by the process that builds the cache
 KEY.evicted/     a cache on its way out, which nothing reads any more
 
 A cache is named by what it is made of, so that whoever needs it finds it, and whoever needs another one does not.
@@ -13,8 +14,10 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from klkit.caches.shards import CacheError
 from klkit.caches.sizes import readable
 from klkit.caches.source import Data, Teacher
 
-USED, EVICTED = ".used", ".evicted"
+USED, EVICTED, LOCK = ".used", ".evicted", ".lock"
 
 
 def key_of(teacher: Teacher, data: Data, recording: Recording, sampling: Mapping[str, Any] | None = None) -> str:
@@ -134,6 +137,21 @@ class CacheStore:
             )
         self._use(key)
         return self.folder / key
+
+    @contextmanager
+    def alone(self, key: str) -> Iterator[None]:
+        """Let no other process of this machine build the cache while the block runs: it waits, and then finds it.
+
+        On systems without file locks nobody waits.
+        """
+        if sys.platform == "win32":
+            yield
+            return
+        import fcntl
+
+        with (self.folder / f"{key}{LOCK}").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def release(self, key: str) -> None:
         """Say that this process no longer uses a cache."""

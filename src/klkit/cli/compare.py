@@ -52,7 +52,6 @@ def compare_command(
     samples: shared.Samples = None,
     max_tokens: shared.MaxTokens = None,
     temperature: shared.Temperature = None,
-    shared_only: shared.SharedOnly = None,
     both: Annotated[
         bool | None,
         typer.Option("--both", help="Also KL(Q‖P), from strings of every candidate.", rich_help_panel=WHAT),
@@ -98,7 +97,7 @@ def compare_command(
     given = {
         "p": p, "candidates": candidates or None, "prompts": prompts, "column": column, "group_column": group_column,
         "text": text, "context": context, "samples": samples, "max_tokens": max_tokens, "temperature": temperature,
-        "shared_only": shared_only, "both": both, "method": method, "seed": seed, "dtype": dtype, "device": device,
+        "both": both, "method": method, "seed": seed, "dtype": dtype, "device": device,
         "batch_size": batch_size, "floor": floor, "unit": unit, "keep": keep, "cache": cache,
         "cache_limit": cache_limit,
     }  # fmt: skip

@@ -49,7 +49,7 @@ def plan_command(
     unit: shared.Unit = None,
     json: shared.Json = None,
 ) -> None:
-    """Plan a run: prompts, responses to each, minutes and disk, from a pilot of about 64 responses."""
+    """Plan a run: prompts, responses to each and minutes, from a pilot of about 64 responses."""
     from klkit.api.pilot import plan_run
 
     given = {

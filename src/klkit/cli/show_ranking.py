@@ -83,5 +83,5 @@ def lines(result: dict[str, Any], rows: list[dict[str, str]]) -> list[tuple[str,
             found.append(("KL(q‖p)", f"{row['candidate']} {row['reverse']} ({row['reverse_interval']})", ""))
     frontier = result["frontier"]
     if len(frontier) > 1 or (frontier and len(names) > 1):
-        found.append(("frontier", f"no smaller file is as close as {', '.join(frontier)}", ""))
+        found.append(("frontier", f"no smaller file has a smaller estimate than {', '.join(frontier)}", ""))
     return found

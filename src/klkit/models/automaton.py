@@ -7,10 +7,12 @@ makes an automaton the yardstick for everything that is otherwise only estimated
 
 from __future__ import annotations
 
+import hashlib
 import math
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -99,6 +101,14 @@ class Automaton:
     def dtype(self) -> torch.dtype:
         """Double precision."""
         return torch.float64
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells this automaton from others: a hash of its tables."""
+        found = hashlib.sha256(f"{self.start}".encode())
+        for table in (self.log_probabilities, self.transitions):
+            found.update(table.contiguous().numpy().tobytes())
+        return found.hexdigest()[:16]
 
     @property
     def states(self) -> int:

@@ -10,8 +10,9 @@ shape may keep another token than the next. In fp64, and so for automata, that d
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class Transformed:
         vocabulary: what the transformed model chooses from.
         name: the base's name and what was done to it.
         heads: the same map on the base's output head, where it leads to another head.
+        what: what was done, in words that tell it from anything else; empty where the laws are the base's.
     """
 
     base: LanguageModel
@@ -44,6 +46,7 @@ class Transformed:
     vocabulary: Vocabulary
     name: str
     heads: Callable[[Head], Head] | None = None
+    what: str = ""
 
     @property
     def window(self) -> int | None:
@@ -126,7 +129,9 @@ class Transformed:
 def _transformed(
     model: LanguageModel, rows: Rows, what: str, heads: Callable[[Head], Head] | None = None
 ) -> Transformed:
-    return Transformed(base=model, rows=rows, vocabulary=model.vocabulary, name=f"{model.name}|{what}", heads=heads)
+    return Transformed(
+        base=model, rows=rows, vocabulary=model.vocabulary, name=f"{model.name}|{what}", heads=heads, what=what
+    )
 
 
 def _same(head: Head) -> Head:
@@ -142,6 +147,22 @@ def renamed(model: LanguageModel, name: str) -> Transformed:
         'mine'
     """
     return Transformed(base=model, rows=lambda logp: logp, vocabulary=model.vocabulary, name=name, heads=_same)
+
+
+def transformations(model: Named) -> str:
+    """What was done to the laws of the innermost model, in order, each after a bar; empty where nothing was.
+
+    Example:
+        >>> from klkit.models.automaton import coin
+        >>> transformations(renamed(temperature(coin(end=0.5), 2.0), "mine"))
+        '|temperature=2'
+    """
+    found: list[str] = []
+    inner: Any = model
+    while hasattr(inner, "base"):
+        found.append(getattr(inner, "what", ""))
+        inner = inner.base
+    return "".join(f"|{what}" for what in reversed(found) if what)
 
 
 def innermost(model: Named) -> Any:
@@ -270,7 +291,9 @@ def restrict(model: LanguageModel, allowed: Sequence[int]) -> Transformed:
 
     # The first ids only, as where padding rows are left out, are a head with fewer rows.
     heads = (lambda head: head.cut(len(ids))) if ids[-1] == len(ids) - 1 else None
-    return _transformed(model, rows, f"restrict={len(ids)}", heads)
+    named = _transformed(model, rows, f"restrict={len(ids)}", heads)
+    # Which ids, not only how many: two restrictions are two laws.
+    return replace(named, what=f"restrict={hashlib.sha256(repr(ids).encode()).hexdigest()[:8]}")
 
 
 def extend(model: LanguageModel, size: int, tokens: Sequence[str | None] = ()) -> Transformed:
@@ -303,6 +326,7 @@ def extend(model: LanguageModel, size: int, tokens: Sequence[str | None] = ()) -
         rows=lambda logp: torch.nn.functional.pad(logp, (0, added), value=-torch.inf),
         vocabulary=Vocabulary(names, own.ends),
         name=f"{model.name}|extend={size}",
+        what=f"extend={size}",
         heads=_same,  # what a head has no row for is excluded
     )
 

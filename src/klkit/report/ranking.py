@@ -124,7 +124,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     clusters = result["candidates"][0]["result"]["headline"]["ci"]["method"]
     lines += [
         "",
-        f"Ranks with ties: Holm-adjusted paired tests at {1 - result['level']:.0%}. Intervals: {clusters}, "
+        (f"Nothing was tested: {result['reason']}. " if result["reason"] else "")
+        + f"Ranks with ties: Holm-adjusted paired tests at {1 - result['level']:.0%}. Intervals: {clusters}, "
         f"{result['n_clusters']} independent units, {result['n_sequences']} strings. Method: {result['method']}.",
     ]
     lines += [f"- {cell(note)}" for note in result["notes"]]

@@ -91,7 +91,8 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise RunFolderError(f"expected a folder for --out, got the file {path}; choose another name")
         if resume and path.exists():
-            folder.check_same_run(config, env)
+            if not folder.untouched():
+                folder.check_same_run(config, env)
         elif path.exists() and any(path.iterdir()):
             raise RunFolderError(
                 f"expected an empty or new folder for --out, got {path}, which holds files; "
@@ -99,9 +100,15 @@ class RunFolder:
             )
         with disk_errors(path):
             (path / SHARDS).mkdir(parents=True, exist_ok=True)
-            write_text(path / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+            # The options last: where they are, everything that resuming asks for is.
             write_text(path / ENV, json.dumps(dict(env), indent=2))
+            write_text(path / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
         return folder
+
+    def untouched(self) -> bool:
+        """Whether nothing is there but what a crash at the very beginning leaves."""
+        started = any((self.path / SHARDS).glob("*"))
+        return not started and all(x.name in (ENV, SHARDS) or x.suffix == ".part" for x in self.path.iterdir())
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
