@@ -11,6 +11,7 @@ from tests.bank import INFINITE
 from tests.tiny import folder as tiny
 
 from klkit import exact, rng
+from klkit.api import candidates, material
 from klkit.api.candidates import Candidate
 from klkit.api.compare import compare_models
 from klkit.api.compare_settings import CompareSettings
@@ -311,6 +312,28 @@ def test_batches_of_another_size_do_not_shorten_a_resumed_run(tmp_path):
     again = compare_models(p, waiting(qs), settings(qs, batch_size=50), out=tmp_path / "run", resume=True)
     assert again.entries[0].result.headline.n == 120
     assert values(again) == values(whole)
+
+
+def test_batches_that_do_not_fit_in_memory_are_halved(monkeypatch):
+    p, qs = automata(2)
+    whole = compare_models(p, waiting(qs), settings(qs, batch_size=64))
+    scored, drawn = candidates.score_batch, material.sampled_batch
+
+    def small_score(pair, batch, *arguments, **options):
+        if len(batch.x) > 20:
+            raise torch.OutOfMemoryError("full")
+        return scored(pair, batch, *arguments, **options)
+
+    def small_draw(model, plan, start, size, *arguments, **options):
+        if size > 30:
+            raise torch.OutOfMemoryError("full")
+        return drawn(model, plan, start, size, *arguments, **options)
+
+    monkeypatch.setattr(candidates, "score_batch", small_score)
+    monkeypatch.setattr(material, "sampled_batch", small_draw)
+    halved = compare_models(p, waiting(qs), settings(qs, batch_size=64))
+    assert values(halved) == pytest.approx(values(whole), rel=1e-12)
+    assert halved.entries[0].result.breakdown == whole.entries[0].result.breakdown
 
 
 def test_a_run_is_not_continued_without_its_candidates(tmp_path):

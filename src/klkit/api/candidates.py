@@ -123,9 +123,18 @@ def score_candidate(
         features = torch.nn.functional.pad(features, (0, 0, 0, pair.p.vocabulary.size - len(features)))
 
     def work(index: int) -> Batch:
-        batch = reference.store.get(index)
+        return in_halves(one, reference.store.get(index))
+
+    def one(batch: ReferenceBatch) -> Batch:
         return score_batch(
-            pair, batch, contexts_q, features=features, js=js, backend=backend, shown=shown, laws_size=laws_size
+            pair,
+            batch,
+            contexts_q,
+            features=features,
+            js=js,
+            backend=backend,
+            shown=shown,
+            laws_size=laws_size,
         )
 
     def note(index: int, batch: Batch) -> None:
@@ -139,6 +148,16 @@ def score_candidate(
         processes.by_first(lambda index=index, batch=batch: note(index, batch))  # type: ignore[misc]
         if index > LONG_RUN:
             give_back_memory()
+
+
+def in_halves(work: Callable[[ReferenceBatch], Batch], batch: ReferenceBatch) -> Batch:
+    """What ``work`` makes of a batch; of its halves where it does not fit in memory, put together again."""
+    try:
+        return work(batch)
+    except torch.OutOfMemoryError:
+        if len(batch.x) == 1:
+            raise
+    return Batch.cat([in_halves(work, half) for half in batch.halves()])
 
 
 def contexts_of(q: LanguageModel, contents: Sequence[Any], contexts_p: Sequence[Tensor]) -> list[Tensor] | None:

@@ -8,7 +8,7 @@ and a run that was interrupted goes on where it stopped; without one they are in
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,24 @@ class ReferenceBatch:
     x: Sequences
     kept: Mapping[str, Tensor]
     floor: Float[Tensor, " k"]
+
+    def halves(self) -> tuple[ReferenceBatch, ReferenceBatch]:
+        """The first strings and the others, where all of them do not fit in memory at once."""
+        n, k = len(self.x), len(self.x) // 2
+        cut = int(self.x.lengths[:k].sum())
+        first = {name: value[:cut] for name, value in self.kept.items()}
+        rest = {name: value[cut:] for name, value in self.kept.items()}
+        return (
+            ReferenceBatch(self.start, self.x.select(range(k)), first, self.floor[:k]),
+            ReferenceBatch(self.start + k, self.x.select(range(k, n)), rest, self.floor[k:]),
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[ReferenceBatch]) -> ReferenceBatch:
+        """Successive strings together."""
+        kept = {name: torch.cat([part.kept[name] for part in parts]) for name in parts[0].kept}
+        floor = torch.cat([part.floor for part in parts])
+        return ReferenceBatch(parts[0].start, Sequences.cat([part.x for part in parts]), kept, floor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +171,18 @@ class Reference:
         return -(-self.count // self.size)
 
     def make(self, index: int) -> ReferenceBatch:
-        """Draw or read batch ``index`` anew."""
+        """Draw or read batch ``index`` anew; by halves where it does not fit in memory."""
         start = index * self.size
-        return self.draw(start, min(self.size, self.count - start))
+        return self._part(start, min(self.size, self.count - start))
+
+    def _part(self, start: int, size: int) -> ReferenceBatch:
+        try:
+            return self.draw(start, size)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        k = size // 2
+        return ReferenceBatch.cat([self._part(start, k), self._part(start + k, size - k)])
 
     def __iter__(self) -> Iterator[ReferenceBatch]:
         return (self.store.get(index) for index in range(len(self)))

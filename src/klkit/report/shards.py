@@ -77,6 +77,16 @@ class Batch:
     details: Details
     floor: Tensor
 
+    @staticmethod
+    def cat(parts: Sequence[Batch]) -> Batch:
+        """Successive strings together."""
+        sizes = [len(part.statistics.x) for part in parts]
+        return Batch(
+            TokenStatistics.cat([part.statistics for part in parts]),
+            Details.cat([part.details for part in parts], [sum(sizes[:i]) for i in range(len(sizes))]),
+            torch.cat([part.floor for part in parts]),
+        )
+
 
 def flatten(batch: Batch) -> dict[str, Tensor]:
     """A batch as named tensors, the form in which it lies on disk."""
