@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from klkit.results import ESTIMANDS, Comparison, Estimate, jsonable, plain
+from klkit.results import ESTIMANDS, Comparison, Estimate, html_table, jsonable, plain
 from klkit.stats.ranking import CLOSER, Order
 
 SCHEMA = "klkit.ranking/1"
@@ -172,6 +171,4 @@ class Ranking:
             top = float(entry.result.companions["same_top"]["value"])
             place = f"{first}" if first == last else f"{first}–{last}"
             rows.append((place, entry.name, f"{own.in_unit(own.value):.6g}", own.describe_interval(), f"{top:.1%}"))
-        cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-        table = "".join(f"<tr>{row}</tr>" for row in cells)
-        return f"<p><strong>{html.escape(str(self))}</strong></p><table>{table}</table>"
+        return html_table(str(self), rows)

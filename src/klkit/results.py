@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -199,6 +199,18 @@ class Estimate:
         return f"<p>{html.escape(str(self))}</p>"
 
 
+def html_table(sentence: str, rows: Sequence[Sequence[str]]) -> str:
+    """A sentence and a table of text, for notebooks; whatever they hold, it is shown and not obeyed.
+
+    Example:
+        >>> html_table("a < b", [["x"]])
+        '<p><strong>a &lt; b</strong></p><table><tr><td>x</td></tr></table>'
+    """
+    cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    table = "".join(f"<tr>{row}</tr>" for row in cells)
+    return f"<p><strong>{html.escape(sentence)}</strong></p><table>{table}</table>"
+
+
 def jsonable(value: float) -> float | str:
     """``value``, or the string "inf", "-inf" or "nan": JSON has no such numbers.
 
@@ -314,6 +326,4 @@ class Comparison:
         for e in self.estimates:
             value, stderr = (f"{e.in_unit(x):.6g} {e.unit}" for x in (e.value, e.stderr))
             rows.append((e.method, e.per, value, stderr, e.describe_interval()))
-        cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-        table = "".join(f"<tr>{row}</tr>" for row in cells)
-        return f"<p><strong>{html.escape(str(self))}</strong></p><table>{table}</table>"
+        return html_table(str(self), rows)

@@ -5,8 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
-from tests.api.test_rounds import launch, results
+from tests.api.test_rounds import Interrupter, at, launch, results
 
 import klkit
 from klkit.train.processes import open_processes
@@ -16,18 +15,6 @@ CASES = {
     "strings": {"samples": 36, "max_tokens": 6, "batch_size": 8, "both": True},
     "text": {"text": "text.txt", "context": 16, "batch_size": 4},
 }
-
-
-class Interrupter:
-    """Interrupts a comparison after some batches, in the first process."""
-
-    def __init__(self, after):
-        self.left = after
-
-    def __call__(self, stage):
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 def in_two(folder):
@@ -47,23 +34,14 @@ def in_two(folder):
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared")
-    (folder / "text.txt").write_text("The value of a name is looked up in the namespace of the module. " * 20)
-    threads, here = torch.get_num_threads(), Path.cwd()
-    torch.set_num_threads(1)
-    os.chdir(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KLKIT_BACKEND", "eager")
-        try:
-            for name, options in CASES.items():
-                klkit.compare(*MODELS, out=f"one/{name}", **options)
-            code = f"from tests.api.test_compare_processes import in_two; in_two({str(folder)!r})"
-            for status, _, error in launch(code, folder):
-                assert status == 0, error
-            klkit.compare(*MODELS, out="begun", resume=True, **CASES["strings"])
-            yield folder, [json.loads((folder / f"noted-{rank}.json").read_text()) for rank in range(2)]
-        finally:
-            os.chdir(here)
-            torch.set_num_threads(threads)
+    with at(folder):
+        for name, options in CASES.items():
+            klkit.compare(*MODELS, out=f"one/{name}", **options)
+        code = f"from tests.api.test_compare_processes import in_two; in_two({str(folder)!r})"
+        for status, _, error in launch(code, folder):
+            assert status == 0, error
+        klkit.compare(*MODELS, out="begun", resume=True, **CASES["strings"])
+        yield folder, [json.loads((folder / f"noted-{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.parametrize("name", CASES)

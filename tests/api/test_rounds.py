@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -148,30 +149,37 @@ def launch(code, folder, count=2):
     return [(process.returncode, *texts) for process, texts in zip(started, told, strict=True)]
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    """A folder in which one process and two have done the same."""
-    folder = tmp_path_factory.mktemp("rounds")
-    (folder / "text.txt").write_text("The value of a name is looked up in the namespace of the module. " * 30)
+@contextmanager
+def at(folder):
+    """Work in a folder as one of the processes does: one thread, the same kernels."""
     threads, here = torch.get_num_threads(), Path.cwd()
+    (folder / "text.txt").write_text("The value of a name is looked up in the namespace of the module. " * 30)
     torch.set_num_threads(1)
     os.chdir(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KLKIT_BACKEND", "eager")
         try:
-            for name, options in CASES.items():
-                klkit.estimate(*PAIR, out=f"one/{name}", **options)
-            with pytest.raises(KeyboardInterrupt):
-                klkit.estimate(*PAIR, out="begun by one", observe=Interrupter(3), **CASES["strings"])
-            for code, _, error in launch(f"from tests.api.test_rounds import in_two; in_two({str(folder)!r})", folder):
-                assert code == 0, error
-            for name in ("strings", "text"):
-                klkit.estimate(*PAIR, out=f"begun by two {name}", resume=True, **CASES[name])
-            noted = [json.loads((folder / f"noted-{rank}.json").read_text()) for rank in range(2)]
-            yield folder, noted
+            yield
         finally:
             os.chdir(here)
             torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A folder in which one process and two have done the same."""
+    folder = tmp_path_factory.mktemp("rounds")
+    with at(folder):
+        for name, options in CASES.items():
+            klkit.estimate(*PAIR, out=f"one/{name}", **options)
+        with pytest.raises(KeyboardInterrupt):
+            klkit.estimate(*PAIR, out="begun by one", observe=Interrupter(3), **CASES["strings"])
+        for code, _, error in launch(f"from tests.api.test_rounds import in_two; in_two({str(folder)!r})", folder):
+            assert code == 0, error
+        for name in ("strings", "text"):
+            klkit.estimate(*PAIR, out=f"begun by two {name}", resume=True, **CASES[name])
+        noted = [json.loads((folder / f"noted-{rank}.json").read_text()) for rank in range(2)]
+        yield folder, noted
 
 
 def results(folder, one, two):

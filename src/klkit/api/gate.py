@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,8 @@ class Gate:
         what = f"{e.direction} against {e.in_unit(d.limit):.4g} {e.unit} {e.per}"
         if self.result.failed:
             return f"FAIL: {what}: the self-audit failed, so the number means nothing"
+        if math.isinf(d.value):
+            return f"FAIL: {what}: infinite (at {e.infinite} decisions p allows tokens that q excludes)"
         value = f"{e.in_unit(d.value):.4g}, n = {e.n} strings in {d.clusters} clusters, {e.method}"
         lower, upper = (f"{e.in_unit(bound):.4g}" for bound in (d.lower, d.upper))
         if d.verdict == "undecided":

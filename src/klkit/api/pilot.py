@@ -48,8 +48,6 @@ class Planned:
             amount = f"{n:,} responses"
         else:
             amount = f"{n:,} prompts with {m:,} response{'s' if m > 1 else ''} each"
-            if n > self.prompts:
-                amount += f" (there are {self.prompts:,})"
         room = f"some {self.plan.strings * self.tokens:,.0f} tokens"
         return (
             f"{self.goal} takes about {amount}: {clock(self.plan.seconds)} here, {room}. Planned from a pilot of "
@@ -126,9 +124,11 @@ def plan_run(
         result = estimate(p, candidates[0], few, samples=samples, observe=last.append, **rest)
         head, seconds = result.headline, last[-1].seconds / last[-1].fresh
         tokens = last[-1].tokens / last[-1].strings
+        require_finite(candidates[0], head)
         found = plan(
-            head.contributions, head.weights, head.cluster, rtol=rtol, atol=halfwidth, seconds_per_string=seconds
-        )
+            head.contributions, head.weights, head.cluster, rtol=rtol, atol=halfwidth, seconds_per_string=seconds,
+            available_prompts=prompts,
+        )  # fmt: skip
         wide = f"± {rtol:.3g} of it" if rtol is not None else f"± {head.in_unit(found.half_width):.3g} {head.unit}"
         goal = f"{head.direction} per response to {wide} at 95 %"
     else:
@@ -137,11 +137,13 @@ def plan_run(
             p, list(candidates), few, samples=samples, observe=lambda s: stages.update({s.name: s}), **rest
         )
         first, second = (entry.result.headline for entry in ranking.entries)
+        require_finite(candidates[0], first)
+        require_finite(candidates[1], second)
         head, seconds = first, sum(stage.seconds for stage in stages.values()) / first.n
         tokens = float(ranking.entries[0].per_token.weights.mean())
         found = plan_contrast(
             first.contributions, second.contributions, first.weights, first.cluster,
-            difference=difference, seconds_per_string=seconds,
+            difference=difference, seconds_per_string=seconds, available_prompts=prompts,
         )  # fmt: skip
         goal = (
             f"telling {candidates[0]} from {candidates[1]} if they differ by {head.in_unit(found.half_width):.3g} "
@@ -150,3 +152,17 @@ def plan_run(
     if not math.isfinite(seconds):
         seconds = math.nan
     return Planned(found, head, goal, prompts or 1, seconds, tokens)
+
+
+def require_finite(name: str, head: Estimate) -> None:
+    """Refuse to plan for what no number of strings makes finite.
+
+    Raises:
+        ValueError: the pilot's divergence is infinite.
+    """
+    if not math.isfinite(head.value):
+        raise ValueError(
+            f"expected a finite divergence to plan for, got an infinite one: {name} excludes tokens that p allows "
+            f"at {head.infinite} decisions of the pilot; compare unprocessed models, or see klkit estimate for which "
+            "tokens"
+        )
