@@ -26,7 +26,9 @@ def among_the_benchmarks(monkeypatch: pytest.MonkeyPatch):
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("name", ["logits", "linear", "adaptive", "distill", "sampling", "pipeline", "trl_step"])
+@pytest.mark.parametrize(
+    "name", ["logits", "linear", "adaptive", "distill", "sampling", "pipeline", "compare", "trl_step"]
+)
 def test_a_benchmark_runs_and_its_tables_reach_the_page(name, tmp_path, monkeypatch, capsys):
     if name == "trl_step":
         pytest.importorskip("trl", reason="TRL is not installed: make test-trl installs it and runs this")
@@ -42,8 +44,8 @@ def test_a_benchmark_runs_and_its_tables_reach_the_page(name, tmp_path, monkeypa
     assert found["rounds"] == 2
     assert found["machine"]["threads"] == 1
     filled = runpy.run_path(str(FOLDER / "page.py"))["filled"]
-    page = filled(f"# Page\n\n<!-- {name} -->\nold\n<!-- end -->\n\n<!-- other -->\nkept\n<!-- end -->\n", tmp_path)
-    assert "old" not in page
+    page = filled(f"# Page\n\n<!-- {name} -->\nstale\n<!-- end -->\n\n<!-- other -->\nkept\n<!-- end -->\n", tmp_path)
+    assert "stale" not in page
     assert "kept" in page
     for table in found["tables"]:
         assert table["title"] in page
