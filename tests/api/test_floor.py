@@ -1,6 +1,7 @@
 """Numerical floors: each is what it says, and a run can be held against any of them."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -138,5 +139,9 @@ class TestExactlyZero:
             check = klkit.estimate(p, q, samples=20, max_tokens=8).audit["checks"]["no_difference_share"]
             assert check["verdict"] == "pass"
 
+    def test_automata_are_known_by_their_tables(self):
+        assert alike(coin(end=0.5), coin(end=0.5)).startswith("Both sides have the same weights")
+        assert alike(coin(end=0.5), coin(end=0.25)).startswith("The weights of the two sides are different")
+
     def test_models_without_weights(self):
-        assert alike(coin(end=0.5), coin(end=0.5)) == ""
+        assert alike(SimpleNamespace(name="p"), SimpleNamespace(name="q")) == ""

@@ -241,8 +241,8 @@ def alike(p: Named, q: Named) -> str:
 
     Example:
         >>> from klkit.models.automaton import coin
-        >>> alike(coin(end=0.5), coin(end=0.25))
-        ''
+        >>> alike(coin(end=0.5), coin(end=0.5)).split(",")[0]
+        'Both sides have the same weights'
     """
     one, two = innermost(p), innermost(q)
     idle = [role for role, model in (("p", one), ("q", two)) if getattr(model, "inert", False)]
