@@ -144,4 +144,4 @@ class TestExactlyZero:
         assert alike(coin(end=0.5), coin(end=0.25)).startswith("The weights of the two sides are different")
 
     def test_models_without_weights(self):
-        assert alike(SimpleNamespace(name="p"), SimpleNamespace(name="q")) == ""
+        assert alike(*(SimpleNamespace(name=name, pieces=list) for name in "pq")) == ""
