@@ -143,7 +143,7 @@ def main() -> None:
     arguments = options(__doc__, rounds=7).parse_args()
     begin(arguments)
     tables, seconds = [], {}
-    shapes = [(64, 1, 1024, 8, 4)] if arguments.quick else [(128, 4, 1024, 256, 64), (256, 4, 32_000, 128, 64)]
+    shapes = [(64, 1, 1024, 8, 4)] if arguments.quick else [(128, 4, 1024, 256, 64), (256, 4, 32_000, 64, 32)]
     for width, layers, vocabulary, samples, tokens in shapes:
         p, *candidates = models(width, layers, vocabulary)
         found = timed(p, candidates, samples, tokens, arguments.rounds)
