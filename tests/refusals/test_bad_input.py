@@ -105,7 +105,7 @@ PLAN = [
     ([*PAIR, "klkit:docs-int4", "--difference", "-1"], "a positive finite target, got difference=-1.0"),
     (["klkit:docs", "klkit:reviews", "--rtol", "0.1"], "ids with different strings"),
     (["klkit:docs", "klkit:docs", "--rtol", "0.1", "--max-tokens", "2"], "got 0; give a half-width instead"),
-    (["klkit:docs", "klkit:docs,top_k=5", "--rtol", "0.1", "--max-tokens", "2"], "expected finite contributions"),
+    (["klkit:docs", "klkit:docs,top_k=5", "--rtol", "0.1", "--max-tokens", "2"], "a finite divergence to plan for"),
     ([*PAIR, "--rtol", "0.1", "--prompts", "absent.txt"], "got nothing there"),
 ]
 
