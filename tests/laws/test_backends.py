@@ -215,9 +215,9 @@ def test_gradient_rows_sum_to_zero(backend, scale):
         getattr(divergences(a, b, js=True, backend=backend), name).sum().backward()
         for x in (a, b):
             total, norm = x.grad.double().sum(-1).abs(), x.grad.double().norm(dim=-1)
-            # Where one token has most of the mass, its own rounding is left: units of it, by how a processor adds.
-            assert bool((total <= 4e-6 * norm).all()), (name, float((total / norm).max()))
-            assert float((total <= 2e-6 * norm).double().mean()) >= 0.8, name
+            # Where one token has most of the mass, its own rounding is what is left: at most two units of it.
+            assert bool((total <= 2e-6 * norm).all()), (name, float((total / norm).max()))
+            assert float((total <= 1e-6 * norm).double().mean()) >= 0.8, name
 
 
 @EVERY
@@ -229,7 +229,7 @@ def test_gradients_of_almost_even_rows_sum_to_zero(backend, quantity):
     x = a.requires_grad_()
     getattr(divergences(x, b, backend=backend), quantity).sum().backward()
     total, norm = x.grad.double().sum(-1).abs(), x.grad.double().norm(dim=-1)
-    assert bool((total <= 1e-4 * norm).all()), float((total / norm).max())
+    assert bool((total <= 5e-5 * norm).all()), float((total / norm).max())
 
 
 @EVERY

@@ -15,8 +15,8 @@ from klkit.divergences.backends.lanes import FLAGS, absolute, exp, fma, larger, 
 from klkit.divergences.sums import FARTHEST
 from klkit.numerics import FLOOR, LN2, NEAR
 
-BLOCK = 2048
-"""Entries that are summed in single precision; blocks are added up in double."""
+BLOCK = 512
+"""Entries that are summed in single precision; blocks are added up in double, and are short enough for any lanes."""
 
 ZERO, ONE, HALF = np.float32(0), np.float32(1), np.float32(0.5)
 LOWEST, ABSENT = np.float32(FLOOR), np.float32(FLOOR / 2)
