@@ -7,8 +7,10 @@ fixed text, else the string. Everything here therefore works on cluster totals.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,7 +149,8 @@ def ratio_interval(
     if method == "t" or (method == "auto" and clusters >= STUDENT_FROM):
         half = student_quantile((1 + level) / 2, clusters - 1) * stderr
         return Interval(level, value - half, value + half, "t")
-    deviates = np.sort(studentised(residuals, weights, np.random.default_rng(seed)))
+    drawn = repeatable(clusters, seed) if clusters < STUDENT_FROM else resamples(clusters, np.random.default_rng(seed))
+    deviates = np.sort(deviates_of(residuals, weights, drawn))
     rank = max(1, int((RESAMPLES + 1) * (1 - level) / 2 + 1e-9))
     lower, upper = value - float(deviates[-rank]) * stderr, value - float(deviates[rank - 1]) * stderr
     bounded = np.isfinite([lower, upper]).all()
@@ -165,14 +168,27 @@ def studentised(
     Source: B. Efron and R. Tibshirani, An Introduction to the Bootstrap (1993), section 12.5; P. Hall,
     Theoretical comparison of bootstrap confidence intervals, Annals of Statistics 16 (1988).
     """
+    return deviates_of(residuals, weights, resamples(len(residuals), generator))
+
+
+def deviates_of(
+    residuals: NDArray[np.float64], weights: NDArray[np.float64], drawn: Iterable[NDArray[Any]]
+) -> NDArray[np.float64]:
+    """:func:`studentised` of given resamples: how often each cluster is in each, ``(some, c)`` at a time."""
     clusters = len(residuals)
     products = np.stack([residuals, weights, residuals**2, residuals * weights, weights**2], axis=1)
-    e, w, ee, ew, ww = np.concatenate([counts @ products for counts in resamples(clusters, generator)]).T
+    e, w, ee, ew, ww = np.concatenate([counts @ products for counts in drawn]).T
     with np.errstate(divide="ignore", invalid="ignore"):
         shift = e / w  # R* − R; zero over zero where a resample has no weight at all
         squares = np.maximum(ee - 2 * shift * ew + shift**2 * ww, 0.0)
-        deviates = shift / (np.sqrt(clusters / (clusters - 1) * squares) / w)
+        deviates: NDArray[np.float64] = shift / (np.sqrt(clusters / (clusters - 1) * squares) / w)
     return np.where(np.isnan(deviates), 0.0, deviates)
+
+
+@lru_cache(maxsize=16)
+def repeatable(clusters: int, seed: int) -> tuple[NDArray[np.uint16], ...]:
+    """:func:`resamples` from a seed, kept: the parts of a breakdown are many intervals over the same few numbers."""
+    return tuple(counts.astype(np.uint16) for counts in resamples(clusters, np.random.default_rng(seed)))
 
 
 def resamples(clusters: int, generator: np.random.Generator) -> Iterator[NDArray[np.float64]]:
