@@ -77,16 +77,22 @@ def show_result(comparison: Comparison, folder: Path | None, console: Console | 
         )
     console.print(table)
     console.print()
-    facts = Table.grid(padding=(0, 2, 0, 0))
-    facts.add_column(justify="right", style="dim", no_wrap=True)
-    facts.add_column()
-    for name, text in result["lines"].items():
-        facts.add_row(escape(name), escape(printable(text)), style="red" if text.startswith("FAILED") else "")
-    for note in result["notes"]:
-        facts.add_row("note", escape(printable(note)))
-    if folder is not None:
-        facts.add_row("saved", escape(f"{folder} (report.html, result.json)"))
-    console.print(facts)
+    said = [(name, text, "red" if text.startswith("FAILED") else "") for name, text in result["lines"].items()]
+    show_evidence(console, said, result["notes"], None if folder is None else f"{folder} (report.html, result.json)")
+
+
+def show_evidence(
+    console: Console, said: Iterable[tuple[str, str, str]], notes: Iterable[str], kept: str | None
+) -> None:
+    """Print what vouches for a table: names, what there is to say and its style; notes; where it is kept."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(justify="right", style="dim", no_wrap=True)
+    grid.add_column()
+    for name, text, style in (*said, *(("note", note, "") for note in notes)):
+        grid.add_row(escape(name), escape(printable(text)), style=style)
+    if kept is not None:
+        grid.add_row("saved", escape(kept))
+    console.print(grid)
     console.print()
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from klkit.cli.show import show_evidence
 from klkit.report.ranking import rows_of
 from klkit.report.ranking_plots import differences
 from klkit.report.text import printable
@@ -42,17 +43,8 @@ def show_ranking(ranking: Ranking, folder: Path | None, console: Console | None 
         )  # fmt: skip
     console.print(table)
     console.print()
-    facts = Table.grid(padding=(0, 2, 0, 0))
-    facts.add_column(justify="right", style="dim", no_wrap=True)
-    facts.add_column()
-    for name, text, style in lines(result, rows):
-        facts.add_row(escape(name), escape(printable(text)), style=style)
-    for note in result["notes"]:
-        facts.add_row("note", escape(printable(note)))
-    if folder is not None:
-        facts.add_row("saved", escape(f"{folder} (report.html, table.md, result.json)"))
-    console.print(facts)
-    console.print()
+    kept = None if folder is None else f"{folder} (report.html, table.md, result.json)"
+    show_evidence(console, lines(result, rows), result["notes"], kept)
 
 
 def lines(result: dict[str, Any], rows: list[dict[str, str]]) -> list[tuple[str, str, str]]:
