@@ -92,7 +92,7 @@ def compare_command(
 ) -> None:
     """Compare many models with one: which are closer to P, and which cannot be told apart."""
     from klkit.api.compare_settings import CompareSettings
-    from klkit.cli.estimate import log, read_config, write_json
+    from klkit.cli.estimate import log, with_config, write_json
 
     given = {
         "p": p, "candidates": candidates or None, "prompts": prompts, "column": column, "group_column": group_column,
@@ -101,8 +101,7 @@ def compare_command(
         "batch_size": batch_size, "floor": floor, "unit": unit, "keep": keep, "cache": cache,
         "cache_limit": cache_limit,
     }  # fmt: skip
-    options = read_config(config) if config is not None else {}
-    options |= {name: value for name, value in given.items() if value is not None}
+    options = with_config(given, config)
     if not isinstance(options.get("p"), str) or not options.get("candidates"):
         raise ValueError(
             "expected a reference and at least one candidate, as in: klkit compare klkit:docs klkit:docs-int8 "

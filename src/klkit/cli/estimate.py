@@ -120,9 +120,7 @@ def settings_of(given: Mapping[str, Any], config: Path | None, command: str) -> 
     """
     from klkit.api.settings import Settings
 
-    options = read_config(config) if config is not None else {}
-    options |= {name: value for name, value in given.items() if value is not None}
-    options = with_batch_size(options)
+    options = with_batch_size(with_config(given, config))
     if given.get("halfwidth") is not None and options.get("unit") == "bits":
         options["halfwidth"] = given["halfwidth"] * NATS_PER_BIT
     if "p" not in options or "q" not in options:
@@ -158,6 +156,12 @@ def demo_command(
     from klkit.api.settings import Settings
 
     carry_out(Settings(p="klkit:docs-tuned", q="klkit:docs", max_tokens=64, samples=512), out, json, False)
+
+
+def with_config(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
+    """Options of the command line that were given, and those of a config file for the others."""
+    options = read_config(config) if config is not None else {}
+    return options | {name: value for name, value in given.items() if value is not None}
 
 
 def read_config(path: Path) -> dict[str, Any]:
