@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.api.test_rounds import Interrupter, at, launch, results
+from tests.api.test_rounds import at, launch, results
+from tests.api.test_run import Interrupter
 
 import klkit
 from klkit.train.processes import open_processes

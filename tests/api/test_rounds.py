@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.api.test_run import Interrupter
 
 import klkit
 from klkit.api import strings
@@ -30,18 +31,6 @@ CASES = {
     "text": {"text": "text.txt", "context": 16, "batch_size": 4},
 }
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class Interrupter:
-    """Interrupts a run after some batches."""
-
-    def __init__(self, after):
-        self.left = after
-
-    def __call__(self, state):
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 class Failing:
