@@ -36,6 +36,7 @@ def test_json_and_config(run):
 def test_bad_combinations_are_said_without_a_traceback(run):
     for more, said in (
         (["--out", "x"], "keeps nothing"),
+        (["--track", "tensorboard"], "got track"),
         (["--method", "mc"], "method='mc'"),
         (["--bytes"], "bytes=True"),
     ):

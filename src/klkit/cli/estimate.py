@@ -200,7 +200,7 @@ def carry_out(
 ) -> None:
     """Run the settings with progress, print the result, and exit by the audit's verdict."""
     if settings.approximate:
-        carry_out_approximately(settings, out, json_path, resume)
+        carry_out_approximately(settings, out, json_path, resume, track)
         return
 
     def tell(result: Comparison, folder: Path) -> None:
@@ -266,14 +266,16 @@ def execute(
         return result, processes.first
 
 
-def carry_out_approximately(settings: Settings, out: Path | None, json_path: str | None, resume: bool) -> None:
+def carry_out_approximately(
+    settings: Settings, out: Path | None, json_path: str | None, resume: bool, track: str | None
+) -> None:
     """Compare models with different tokenizers by one tokenisation of each text, and print the result."""
     from klkit.api.approximate import approximate_run, require_plain
     from klkit.api.prepare import device_of
     from klkit.cli.show_approximation import show_approximation
     from klkit.train.processes import open_processes
 
-    require_plain(out=out, resume=resume or None)
+    require_plain(out=out, resume=resume or None, track=track)
     with open_processes(device_of(settings)) as processes:
         result = approximate_run(settings, processes)
     if json_path != "-":
