@@ -72,7 +72,7 @@ def approximate(
     notes = [f"{m.name}: {note}" for m in (p, q) for note in getattr(innermost(m), "notes", ())]
     if settings.temperature != 1.0:
         notes.append(f"both models are taken at temperature {settings.temperature:g}")
-    env = environment(settings, Pair(p, q, ()))
+    env = environment(settings, p=p, q=q)
     p, q = tempered(p, settings.temperature), tempered(q, settings.temperature)
     plan, more = make_plan(Pair(p, p, ()), settings, prompts)
     settings = replace(settings, samples=plan.samples, max_tokens=plan.max_tokens)

@@ -38,7 +38,7 @@ from klkit.api.material import (
     watch,
 )
 from klkit.api.plan import Plan
-from klkit.api.prepare import Pair, environment, prepare, require_alike
+from klkit.api.prepare import Pair, described, prepare, require_alike
 from klkit.api.rank import against_floor, rank_entries
 from klkit.api.reference import FLOOR_STRINGS
 from klkit.api.run import Share, draw_strings, shown_texts
@@ -178,7 +178,7 @@ def one_candidate(contest: Contest, candidate: Candidate, spec: str) -> Entry:
 
         def ready() -> tuple[Pair, dict[str, Any], list[Tensor] | None]:
             pair = pair_of(contest, model, settings)
-            env = {**environment(settings, pair), "contexts": material.env["contexts"]}
+            env = {**material.env, "models": described(p=pair.p, q=pair.q)}
             contexts_q = None
             if material.plan is not None and material.contents is not None:
                 contexts_q = contexts_of(pair.q, material.contents, material.plan.contexts_p)

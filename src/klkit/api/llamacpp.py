@@ -16,7 +16,7 @@ from torch import Tensor
 from klkit.api.assemble import from_text
 from klkit.api.batches import batches_of, describe, no_details
 from klkit.api.gather import Gathered
-from klkit.api.prepare import Pair, environment
+from klkit.api.prepare import environment
 from klkit.api.run import shown_texts
 from klkit.api.settings import Settings
 from klkit.api.text import Windows
@@ -293,7 +293,7 @@ def notes_of(
 
 def provenance(file: LlamaCppFile, q: LanguageModel, settings: Settings) -> dict[str, Any]:
     """What the number depends on: versions, ``q``'s digests, and what can be said of the file."""
-    env = environment(settings, Pair(q, q, ()))
+    env = environment(settings, q=q)
     ids = hashlib.sha256(file.tokens.numpy().tobytes()).hexdigest()[:16]
     windows, width = file.tokens.shape
     stored = {
@@ -304,4 +304,4 @@ def provenance(file: LlamaCppFile, q: LanguageModel, settings: Settings) -> dict
         "weights": "unknown",
     }
     about = {"file": str(file.path.resolve()), "windows": windows, "tokens": width, "ids": ids}
-    return {**env, "models": {**env["models"], "p": stored}, "files": {"llamacpp": about}}
+    return {**env, "models": {"p": stored, **env["models"]}, "files": {"llamacpp": about}}

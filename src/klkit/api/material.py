@@ -106,8 +106,7 @@ def gather_material(
         ValueError: prompts that leave no room for a response.
     """
     common = settings.common
-    env = environment(common, Pair(p, p, ()))
-    env["models"] = {"p": env["models"]["p"]}
+    env = environment(common, p=p)
     recording = settings.recording(p.vocabulary.size)
     contents: Sequence[Any] = prompts.contents if prompts is not None else (None,)
     size_of_laws = p.vocabulary.size
@@ -202,8 +201,7 @@ def recorded_material(p: RecordedModel, settings: CompareSettings) -> Material:
             f"expected all {count} strings in {path}, got none from {start} on; make it anew from the model"
         )
 
-    env = environment(settings.common, Pair(p, p, ()))
-    env["models"], env["contexts"] = {"p": env["models"]["p"]}, facts["contexts"]
+    env = environment(settings.common, p=p) | {"contexts": facts["contexts"]}
     store = FolderStore(path, p.cache.kind, size)
     reference = Reference(count, size, make, store)
     plan, windows = None, None
@@ -255,9 +253,11 @@ def publish_material(material: Material, p: LanguageModel) -> None:
     store, reference = material.reference.store, material.reference
     if not isinstance(store, FolderStore) or (store.path / MANIFEST).is_file():
         return
-    batches = list(reference)
-    parts = [Part(i, batch.start, len(batch.x)) for i, batch in enumerate(batches)]
-    strings = Sequences.cat([batch.x for batch in batches])
+    parts, drawn = [], []
+    for i, batch in enumerate(reference):  # one at a time: what is kept of the laws is large
+        parts.append(Part(i, batch.start, len(batch.x)))
+        drawn.append(batch.x)
+    strings = Sequences.cat(drawn)
     limit = None if material.plan is None else material.plan.max_tokens
     recording = Recording(**material.facts["recording"])
     publish(store.path, p, strings, parts, recording, max_tokens=limit, features=material.features)

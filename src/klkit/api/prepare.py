@@ -203,8 +203,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def environment(settings: Settings, pair: Pair) -> dict[str, Any]:
-    """What the numbers depend on beside the settings: versions, precision, digests."""
+def environment(settings: Settings, **models: LanguageModel) -> dict[str, Any]:
+    """What the numbers depend on beside the settings: versions, files, and precision and digests of models by role."""
     files = {}
     for option in ("prompts", "text"):
         source = getattr(settings, option)
@@ -215,18 +215,23 @@ def environment(settings: Settings, pair: Pair) -> dict[str, Any]:
         "machine": platform.machine(),
         "system": platform.system(),
         "threads": torch.get_num_threads(),
-        "models": {
-            role: {
-                "name": model.name,
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "vocabulary": model.vocabulary.fingerprint,
-                "vocabulary_size": model.vocabulary.size,
-                "ends": list(model.vocabulary.ends),
-                "weights": model_digest(model),
-            }
-            for role, model in (("p", pair.p), ("q", pair.q))
-        },
+        "models": described(**models),
         "files": files,
+    }
+
+
+def described(**models: LanguageModel) -> dict[str, Any]:
+    """What numbers depend on of each model."""
+    return {
+        role: {
+            "name": model.name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "vocabulary": model.vocabulary.fingerprint,
+            "vocabulary_size": model.vocabulary.size,
+            "ends": list(model.vocabulary.ends),
+            "weights": model_digest(model),
+        }
+        for role, model in models.items()
     }
 
 

@@ -183,7 +183,7 @@ def measure_prompts(
         pair = prepare_or_explain(p, q, settings, prompts)
         plan, notes = make_plan(pair, settings, prompts)
         pair = replace(pair, notes=(*pair.notes, *notes))
-        env = environment(settings, pair) | {"contexts": contexts_digest(plan)}
+        env = environment(settings, p=pair.p, q=pair.q) | {"contexts": contexts_digest(plan)}
         if settings.divergence == "reverse_kl":
             pair, plan = pair.swapped(), plan.swapped()
         other: LanguageModel | None = None
@@ -346,7 +346,8 @@ def measure_text(
     def ready() -> tuple[Pair, dict[str, Any], Windows]:
         pair = prepare_or_explain(p, q, settings, documents=documents)
         context = shortest(settings.context, pair.p.window, pair.q.window)
-        return pair, environment(settings, pair), cut(documents, lambda text: document_ids(pair.p, text), context)
+        windows = cut(documents, lambda text: document_ids(pair.p, text), context)
+        return pair, environment(settings, p=pair.p, q=pair.q), windows
 
     processes = share.processes
     pair, env, windows = processes.everywhere(ready)
