@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -12,7 +10,7 @@ from klkit.api.settings import DEFAULT_BEAM, Settings
 from klkit.models.base import LanguageModel, Named, VocabularyMismatch
 from klkit.models.byte_level import BYTES, ByteLevel, byte_level
 from klkit.models.token_bytes import byte_lengths
-from klkit.models.wrap import temperature
+from klkit.models.wrap import innermost, temperature
 
 
 def over_bytes(model: LanguageModel, settings: Settings) -> ByteLevel:
@@ -48,9 +46,7 @@ def cost_notes(*models: LanguageModel) -> tuple[str, ...]:
     """What the byte-level ones among the models have cost and left out since they were made, one note each."""
     found = []
     for model in models:
-        inner: Any = model
-        while hasattr(inner, "base"):
-            inner = inner.base
+        inner = innermost(model)
         if isinstance(inner, ByteLevel):
             found.append(f"{inner.name}: {inner.ledger}")
     return tuple(dict.fromkeys(found))

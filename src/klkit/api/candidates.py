@@ -198,15 +198,13 @@ def require_room(
         )
 
 
-def folder_of(root: Path | None, name: str) -> Path | None:
+def folder_of(root: Path, name: str) -> Path:
     """Where the pair of ``p`` and a candidate is written below the run's folder: by its name, whatever its place.
 
     Example:
         >>> folder_of(Path("run"), "org/name@main,dtype=bfloat16").name
         'name-main-dtype-bfloat16-04f4'
     """
-    if root is None:
-        return None
     short = name.removeprefix("klkit:").rstrip("/").split("/")[-1]
     plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in short)[:60]
     return root / "candidates" / f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:4]}"

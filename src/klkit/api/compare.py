@@ -41,7 +41,7 @@ from klkit.api.plan import Plan
 from klkit.api.prepare import Pair, described, prepare, require_alike
 from klkit.api.rank import against_floor, rank_entries
 from klkit.api.reference import FLOOR_STRINGS
-from klkit.api.run import Share, draw_strings, shown_texts
+from klkit.api.run import Share, draw_strings, finish
 from klkit.api.settings import Settings
 from klkit.api.strings import ALONE, stored
 from klkit.caches.recorded import RecordedModel
@@ -53,7 +53,7 @@ from klkit.models.wrap import temperature
 from klkit.ranking import Entry, Ranking
 from klkit.report.html import write_report
 from klkit.report.ranking import write_ranking
-from klkit.report.record import CONFIG, RESULT, RunFolder
+from klkit.report.record import CONFIG, FROM_Q, RESULT, RunFolder
 from klkit.results import Comparison
 from klkit.sequences import Prompts
 from klkit.train.processes import Processes
@@ -172,7 +172,7 @@ def write(folder: RunFolder, ranking: Ranking) -> None:
 def one_candidate(contest: Contest, candidate: Candidate, spec: str) -> Entry:
     """Everything about one candidate, while it is open."""
     settings, material, processes = replace(contest.settings, q=spec), contest.material, contest.processes
-    where = folder_of(contest.out, candidate.name)
+    where = None if contest.out is None else folder_of(contest.out, candidate.name)
     with ExitStack() as stack:
         model = processes.everywhere(lambda: stack.enter_context(candidate.open()))
 
@@ -312,7 +312,7 @@ def other_direction(
 
     folder = None
     if where is not None:
-        folder = processes.by_first(lambda: pair_folder(where / "from_q", backwards, env, contest.resume))
+        folder = processes.by_first(lambda: pair_folder(where / FROM_Q, backwards, env, contest.resume))
     plan = plan.swapped()
     if folder is not None and processes.by_first(lambda: (folder.path / RESULT).is_file()):
         whole = Gathered(plan.clusters, classes=token_classes(pair.q), groups=plan.groups, sizes=text_sizes(pair.q))
@@ -347,6 +347,6 @@ def keep(folder: RunFolder, result: Comparison, model: LanguageModel, whole: Gat
     """Write the result of a pair, and its page."""
     if (folder.path / RESULT).is_file():
         folder.rewrite(result.to_dict())
+        write_report(folder)
     else:
-        folder.finish(result.to_dict(), shown_texts(model, whole.shown))
-    write_report(folder)
+        finish(folder, result, whole, model)

@@ -21,7 +21,7 @@ from klkit.estimators.statistics import TokenStatistics
 from klkit.estimators.strings import StringStatistics
 from klkit.models.token_classes import DECISION_CLASSES, NAMES, decision_classes
 from klkit.results import jsonable
-from klkit.stats.intervals import MINIMUM_CLUSTERS, STUDENT_FROM, Interval, cluster_totals, ratio_interval
+from klkit.stats.intervals import MINIMUM_CLUSTERS, NO_INTERVAL, STUDENT_FROM, Interval, cluster_totals, ratio_interval
 
 CONFIDENCE = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 """Edges of the buckets of p's largest probability, each closed below; the last is closed above too."""
@@ -216,7 +216,7 @@ def share(part: Array, whole: Array, reached: int) -> dict[str, Any]:
     if total <= 0:
         value, found = 0.0, none("none (no divergence)")
     elif reached < MINIMUM_CLUSTERS:
-        value, found = float(part.sum()) / total, none(f"none (fewer than {MINIMUM_CLUSTERS} clusters)")
+        value, found = float(part.sum()) / total, none(NO_INTERVAL)
     else:
         # Many clusters are no large sample where few of them have any part in it.
         method = "bootstrap-t" if reached < STUDENT_FROM else "auto"

@@ -17,7 +17,7 @@ from klkit.api.assemble import from_text
 from klkit.api.batches import batches_of, describe, no_details
 from klkit.api.gather import Gathered
 from klkit.api.prepare import environment
-from klkit.api.run import shown_texts
+from klkit.api.run import finish
 from klkit.api.settings import Settings
 from klkit.api.text import Windows
 from klkit.caches.llamacpp import DEPTH, LlamaCppFile, first_token
@@ -27,7 +27,6 @@ from klkit.estimators.statistics import TokenStatistics
 from klkit.models.base import LanguageModel, read_rows
 from klkit.models.spec import load
 from klkit.numerics import rows_per_chunk
-from klkit.report.html import write_report
 from klkit.report.record import RunFolder
 from klkit.report.shards import Batch
 from klkit.results import Comparison, Estimate, jsonable
@@ -172,9 +171,7 @@ def measure_llamacpp(
         direction="lower bound on KL(p‖q)" if open_ended else "KL(p‖q)",
     )
     result = with_file(result, file, p, laws, asked)
-    if folder is not None:
-        folder.finish(result.to_dict(), shown_texts(model, found.shown))
-        write_report(folder)
+    finish(folder, result, found, model)
     return result
 
 

@@ -149,8 +149,6 @@ def plan_run(
             f"telling {candidates[0]} from {candidates[1]} if they differ by {head.in_unit(found.half_width):.3g} "
             f"{head.unit} per response (power 0.8 at 5 %)"
         )
-    if not math.isfinite(seconds):
-        seconds = math.nan
     return Planned(found, head, goal, prompts or 1, seconds, tokens)
 
 

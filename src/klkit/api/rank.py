@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def rank_entries(
         spread=np.array([head.spread for head in heads]),
     )
     found = Ranking(tuple(entries), order, "", settings.to_dict(), env, tuple(dict.fromkeys((*notes, *said(entries)))))
-    return Ranking(found.entries, order, say(found), found.settings, env, found.notes)
+    return replace(found, sentence=say(found))
 
 
 def said(entries: Sequence[Entry]) -> list[str]:
@@ -64,11 +65,10 @@ def say(ranking: Ranking) -> str:
     counted = f"{head.n} {'windows of the given text' if head.estimand == 'F' else 'responses of p'}"
     if not rest:
         return f"{entry.name}: {value}; {head.method} from {counted}."
+    among = f"{len(rest) + 1} candidates on the same {counted}"
     if ranking.order.reason:
-        among = f"{len(rest) + 1} candidates on the same {counted}"
         return f"{entry.name} has the smallest estimate of {among}, {value}; {ranking.order.reason}."
     tied = ranking.tied_with(first)
-    among = f"{len(rest) + 1} candidates on the same {counted}"
     tests = f"paired {head.method} differences, Holm at {1 - ranking.order.level:.0%}"
     if not tied:
         return f"{entry.name} is closest to p: {value}; of {among} ({tests})."

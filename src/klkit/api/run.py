@@ -47,7 +47,7 @@ from klkit.models.noise import with_rounding_noise
 from klkit.models.spec import load
 from klkit.models.token_classes import token_classes
 from klkit.report.html import write_report
-from klkit.report.record import RunFolder
+from klkit.report.record import FROM_Q, RunFolder
 from klkit.report.shards import Batch, Shown
 from klkit.results import Comparison
 from klkit.sequences import Prompts
@@ -317,7 +317,7 @@ def measure_both(
 ) -> Comparison:
     """Jensen-Shannon or Jeffreys: half from strings of ``p``, half from strings of ``q``."""
     mixture = settings.divergence == "js"
-    below = start(None if folder is None else folder.path / "from_q", settings, env, resume, share.processes)
+    below = start(None if folder is None else folder.path / FROM_Q, settings, env, resume, share.processes)
     forward = draw_strings(pair, plan, settings, folder, share, mixture=mixture)
     backward = draw_strings(pair.swapped(), plan.swapped(), settings, below, share, mixture=mixture)
 

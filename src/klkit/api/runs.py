@@ -35,7 +35,7 @@ def read_run(folder: str | Path, candidate: str | None = None) -> RunFolder:
     if candidate is None:
         return found
     entry_of(found.result(), candidate, found.path)
-    return RunFolder.open(pair_path(found.path, candidate))
+    return RunFolder.open(folder_of(found.path, candidate))
 
 
 def is_ranking(result: Mapping[str, Any]) -> bool:
@@ -59,10 +59,3 @@ def entry_of(result: Mapping[str, Any], candidate: str, folder: Path) -> Mapping
         if entry["name"] == candidate:
             return dict(entry)
     raise RunFolderError(f"expected a candidate of {folder}, got {candidate!r}; it has {', '.join(names)}")
-
-
-def pair_path(folder: Path, candidate: str) -> Path:
-    """Where a comparison keeps the run of one of its candidates."""
-    path = folder_of(folder, candidate)
-    assert path is not None
-    return path

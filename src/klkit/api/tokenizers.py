@@ -8,6 +8,7 @@ import torch
 
 from klkit.api.approximate import contexts_of, draw_texts, tempered
 from klkit.api.approximation import approximation
+from klkit.api.batches import batches_of
 from klkit.api.prepare import Pair, make_plan, prepare
 from klkit.api.settings import Settings
 from klkit.models.base import LanguageModel, VocabularyMismatch
@@ -102,9 +103,7 @@ def document_bits(model: LanguageModel, documents: Sequence[str]) -> float:
     if not size:
         raise ValueError("expected texts with something in them, got none")
     x = Sequences.pack(contexts, completions)
-    logs = [
-        float(log_texts(model, x.select(range(len(x))[i : i + TOGETHER])).sum()) for i in range(0, len(x), TOGETHER)
-    ]
+    logs = [float(log_texts(model, x.select(rows)).sum()) for rows in batches_of(len(x), TOGETHER)]
     return -sum(logs) / NATS_PER_BIT / size
 
 

@@ -15,13 +15,12 @@ import typer
 from klkit.cli import AUDIT_FAILED, INTERRUPTED
 from klkit.cli import options as shared
 from klkit.cli.options import HOW, WHAT, require_tracker, with_batch_size
+from klkit.cli.progress import NATS_PER_BIT
 
 if TYPE_CHECKING:
     from klkit.api.settings import Settings
     from klkit.cli.progress import Watcher
     from klkit.results import Comparison
-
-NATS_PER_BIT = 0.6931471805599453  # without NumPy, which importing results would bring
 
 EXAMPLES = """[bold]Examples[/bold]
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from klkit.cli import options as shared
-from klkit.cli.estimate import NATS_PER_BIT, ModelP, ModelQ, execute, settings_of, write_json
+from klkit.cli.estimate import ModelP, ModelQ, execute, settings_of, write_json
 from klkit.cli.options import WHAT
+from klkit.cli.progress import NATS_PER_BIT
 
 if TYPE_CHECKING:
     from klkit.results import Comparison

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from klkit.cli import options as shared
-from klkit.cli.estimate import NATS_PER_BIT, write_json
+from klkit.cli.estimate import write_json
 from klkit.cli.options import WHAT
+from klkit.cli.progress import NATS_PER_BIT
 
 EXAMPLES = """[bold]Examples[/bold]
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from klkit.api.strings import Progress
 
 PLAIN_EVERY = 10.0  # seconds between plain lines
-NATS_PER_BIT = 0.6931471805599453
+NATS_PER_BIT = 0.6931471805599453  # without NumPy, which importing results would bring
 
 
 class Line:

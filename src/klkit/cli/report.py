@@ -74,7 +74,8 @@ def schema_command(
 
 def write_page(run: Path, candidate: str | None) -> Path:
     """Write the page of a run, of a comparison, or of one of its candidates again."""
-    from klkit.api.runs import is_ranking, pair_path, read_run
+    from klkit.api.candidates import folder_of
+    from klkit.api.runs import is_ranking, read_run
     from klkit.report.html import write_report
     from klkit.report.ranking import write_ranking
     from klkit.report.record import REPORT
@@ -83,7 +84,7 @@ def write_page(run: Path, candidate: str | None) -> Path:
     result = folder.result()
     if not is_ranking(result):
         return write_report(folder)
-    paths = {entry["name"]: pair_path(run, entry["name"]) for entry in result["candidates"]}
+    paths = {entry["name"]: folder_of(run, entry["name"]) for entry in result["candidates"]}
     write_ranking(run, result, {name: path if (path / REPORT).is_file() else None for name, path in paths.items()})
     return run / REPORT
 
