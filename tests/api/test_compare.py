@@ -222,6 +222,11 @@ def test_parts_of_laws_give_the_same_number_without_bias(tmp_path):
         assert other.result.companions["total_variation"]["value"] == "nan"  # needs the whole law of p
     kept = RecordedModel.open(tmp_path / "run" / "reference")
     assert kept.cache.kind == "hybrid"
+    coverage, strings = kept.cache.manifest.coverage, kept.cache.strings(range(len(kept.cache)))
+    laws = p.readout(p.encode(strings)).log_softmax(-1)
+    assert coverage["mean_mass"] == pytest.approx(1.0)  # all tokens were kept
+    assert coverage["heads_covered"] == 1.0
+    assert coverage["mean_entropy"] == pytest.approx(float(torch.special.entr(laws.exp()).sum(-1).mean()), rel=1e-9)
     without = compare_models(kept, waiting(qs), settings(qs))
     assert values(without) == pytest.approx(values(parts), rel=1e-12)
 

@@ -42,12 +42,14 @@ class ReferenceBatch:
         kept: what the laws of ``p`` at every decision are read from: trunk vectors ``hidden``, ``(m, d)``, or the parts
             of a hybrid law (:mod:`klkit.caches.recording`).
         floor: ``KL(p‖p)`` between two passes of ``p``, of those among the run's first strings, nats, ``(k,)``.
+        coverage: how much of the laws was kept, as long as the batch is fresh.
     """
 
     start: int
     x: Sequences
     kept: Mapping[str, Tensor]
     floor: Float[Tensor, " k"]
+    coverage: Coverage = field(default_factory=Coverage)
 
     def halves(self) -> tuple[ReferenceBatch, ReferenceBatch]:
         """The first strings and the others, where all of them do not fit in memory at once."""
@@ -65,7 +67,8 @@ class ReferenceBatch:
         """Successive strings together."""
         kept = {name: torch.cat([part.kept[name] for part in parts]) for name in parts[0].kept}
         floor = torch.cat([part.floor for part in parts])
-        return ReferenceBatch(parts[0].start, Sequences.cat([part.x for part in parts]), kept, floor)
+        coverage = sum((part.coverage for part in parts), Coverage())
+        return ReferenceBatch(parts[0].start, Sequences.cat([part.x for part in parts]), kept, floor, coverage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +139,7 @@ class FolderStore:
         """
         part = Part(index, batch.start, len(batch.x))
         tensors = {**{name: value.cpu() for name, value in batch.kept.items()}, "floor": batch.floor}
-        if batch.x.sampler_logp is not None:
-            tensors["sampler_logp"] = batch.x.sampler_logp
-        write_shard(self.path / SHARDS, part, batch.x, tensors, Coverage(decisions=batch.x.decisions))
+        write_shard(self.path / SHARDS, part, batch.x, tensors, batch.coverage)
 
     def get(self, index: int) -> ReferenceBatch:
         """The batch; its first string is not stored with it, but counts the strings of the batches before it.
@@ -202,18 +203,18 @@ def sampled_batch(
     x = draw.sequences
     checked = torch.arange(max(0, min(len(x), FLOOR_STRINGS - start)) if floor else 0)
     again = p.dtype not in (torch.float32, torch.float64)
-    kept = kept_of(p, p.encode(x) if again else draw.hidden, recording, x, start, laws)
-    return ReferenceBatch(start, x, kept, batch_floor(p, draw.hidden, x, checked))
+    kept, coverage = kept_of(p, p.encode(x) if again else draw.hidden, recording, x, start, laws)
+    return ReferenceBatch(start, x, kept, batch_floor(p, draw.hidden, x, checked), coverage)
 
 
 def kept_of(
     p: LanguageModel, hidden: Float[Tensor, "m d"], recording: Recording, x: Sequences, start: int, laws: int
-) -> Mapping[str, Tensor]:
+) -> tuple[Mapping[str, Tensor], Coverage]:
     """What is kept of ``p``'s laws, parts of them over ``laws`` ids; draws depend on the strings' numbers alone."""
     if recording.kind == HIDDEN:
-        return {"hidden": hidden}
+        return {"hidden": hidden}, Coverage(decisions=len(hidden))
     examples = torch.arange(start, start + len(x))
-    return record(p, hidden, recording, x, size=laws, examples=examples)[0]
+    return record(p, hidden, recording, x, size=laws, examples=examples)
 
 
 def given_batch(
@@ -221,5 +222,5 @@ def given_batch(
 ) -> ReferenceBatch:
     """Windows of a fixed text, read by ``p``."""
     rows = x.select(torch.arange(start, start + size))
-    kept = kept_of(p, p.encode(rows), recording, rows, start, laws)
-    return ReferenceBatch(start, rows, kept, torch.zeros(0, dtype=torch.float64))
+    kept, coverage = kept_of(p, p.encode(rows), recording, rows, start, laws)
+    return ReferenceBatch(start, rows, kept, torch.zeros(0, dtype=torch.float64), coverage)

@@ -23,7 +23,7 @@ from klkit.caches.build import write_head
 from klkit.caches.cache import TeacherCache
 from klkit.caches.manifest import SHARDS, Manifest
 from klkit.caches.recording import HIDDEN, Coverage, Recording
-from klkit.caches.shards import CacheError, Part
+from klkit.caches.shards import CacheError, Part, Shard
 from klkit.caches.source import Data, Teacher
 from klkit.divergences.linear import Head
 from klkit.files import write_atomically, write_text
@@ -43,8 +43,8 @@ def publish(
     *,
     max_tokens: int | None = None,
     features: Float[Tensor, "v f"] | None = None,
-) -> bool:
-    """Make a cache of shards that hold what ``model`` said about ``strings``; False where it has no head to keep.
+) -> None:
+    """Make a cache of shards that hold what ``model`` said about ``strings``; nothing where it has no head to keep.
 
     Args:
         recording: how its laws were recorded.
@@ -55,7 +55,7 @@ def publish(
     try:
         head = write_head(folder, model, recording)
         if head is None and recording.kind == HIDDEN:
-            return False
+            return
         tokens = model.vocabulary.tokens
         words = {"tokens": list(tokens), "pieces": model.pieces(range(len(tokens))), "window": model.window}
         write_text(folder / MODEL, json.dumps(words))
@@ -70,7 +70,8 @@ def publish(
     if None in files:
         raise CacheError(f"expected {len(parts)} shards in {folder / SHARDS}, got fewer; repeat the command to go on")
     paths = [path for path in files if path is not None]
-    coverage = Coverage(decisions=strings.decisions)
+    shards = (Shard(path, part, recording.kind, trusted=True) for path, part in zip(paths, parts, strict=True))
+    coverage = sum((shard.coverage for shard in shards), Coverage())
     held = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     Manifest(
         teacher=Teacher.of(model),
@@ -84,7 +85,6 @@ def publish(
         coverage=coverage.summary(recording.kind),
         bytes=held,
     ).write(folder)
-    return True
 
 
 @dataclass(frozen=True, eq=False)
