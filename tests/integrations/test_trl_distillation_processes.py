@@ -102,3 +102,5 @@ if __name__ == "__main__":
     prompts = [{"prompt": prompt} for prompt in PROMPTS]
     train(OnPolicy, trl.DistillationConfig, prompts, folder, max_completion_length=10, pad_to_multiple_of=8)
     train(GKDTrainer, GKDConfig, GIVEN, folder, lmbda=0.0, max_length=64)
+    if torch.distributed.is_initialized():  # threads of gloo that outlive the interpreter's end abort it now and then
+        torch.distributed.destroy_process_group()
