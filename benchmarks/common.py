@@ -42,7 +42,7 @@ def begin(arguments: argparse.Namespace) -> None:
     Patience.seconds = arguments.patience
 
 
-def side_by_side(work: Mapping[str, Work], rounds: int) -> dict[str, list[float]]:
+def side_by_side(work: Mapping[str, Work], rounds: int, *, warm: int = 1) -> dict[str, list[float]]:
     """Seconds of each piece of work in each round: all of them in turn, in reverse order every other round.
 
     What disturbs the machine for a while then disturbs all alike, and a ratio within a round is fair. While other
@@ -50,7 +50,7 @@ def side_by_side(work: Mapping[str, Work], rounds: int) -> dict[str, list[float]
     """
     steps = {name: w if isinstance(w, tuple) else (lambda: None, w) for name, w in work.items()}
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    for number in range(-1, rounds):  # the first round warms up
+    for number in range(-warm, rounds):  # the first round warms up, where nothing else has
         for name in sorted(steps, key=list(steps).index, reverse=number % 2 == 1):
             prepare, run = steps[name]
             while True:

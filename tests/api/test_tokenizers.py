@@ -15,7 +15,7 @@ from klkit.api.batches import no_details
 from klkit.api.bytewise import text_sizes
 from klkit.api.companions import bits_per_byte
 from klkit.api.compare_settings import CompareSettings
-from klkit.api.gather import Gathered
+from klkit.api.gather import Gathered, TokenTables
 from klkit.api.settings import Settings
 from klkit.api.tokenizers import document_bits, prepare_or_explain, response_bits
 from klkit.api.verbs import estimate
@@ -121,7 +121,7 @@ def test_bits_per_byte_count_the_end_but_give_it_no_bytes() -> None:
         cluster=[0, 0, 1],
         finished=[True, True, False],
     )
-    whole = Gathered(2, sizes=text_sizes(p))
+    whole = Gathered(2, tables=TokenTables.of(p))
     for rows in ([0, 1], [2]):
         whole.add(Batch(score(p, q, x.select(rows)), no_details(), torch.zeros(0)))
     assert whole.bytes.tolist() == [6, 0, 10]

@@ -58,12 +58,12 @@ def one_batch(
     return Batch(
         statistics,
         best.details(shown),
-        batch_floor(p, first, x, checked),
+        batch_floor(p, first, x, checked, backend),
     )
 
 
 def batch_floor(
-    p: LanguageModel, hidden: Float[Tensor, "m d"], x: Sequences, rows: Int[Tensor, " k"]
+    p: LanguageModel, hidden: Float[Tensor, "m d"], x: Sequences, rows: Int[Tensor, " k"], backend: str
 ) -> Float[Tensor, " k"]:
     """``KL(p‖p)`` of each string, in nats, between ``p``'s first pass, as a rule the sampling one, and another.
 
@@ -74,7 +74,7 @@ def batch_floor(
         return torch.zeros(0, dtype=torch.float64)
     few = x.select(rows)
     mine = hidden[torch.isin(x.row(), rows).to(hidden.device)]
-    return torch.from_numpy(rao_blackwell(collect(p, mine, p, p.encode(few), few)))
+    return torch.from_numpy(rao_blackwell(collect(p, mine, p, p.encode(few), few, backend=backend)))
 
 
 def floor_of(other: LanguageModel, p: LanguageModel, x: Sequences) -> Float[Tensor, " k"]:

@@ -22,7 +22,6 @@ from klkit.api.rounds import in_rounds
 from klkit.api.strings import LONG_RUN, stored
 from klkit.api.text import Windows
 from klkit.caches.recording import HYBRID, law
-from klkit.divergences import backends
 from klkit.estimators.cached import score_laws
 from klkit.estimators.statistics import collect
 from klkit.models.base import LanguageModel
@@ -90,7 +89,6 @@ def score_candidate(
     *,
     features: Float[Tensor, "v f"] | None,
     js: bool,
-    max_tokens: int,
     shown: int,
     laws_size: int,
     folder: RunFolder | None,
@@ -107,9 +105,6 @@ def score_candidate(
     if folder is not None:
         for batch in stored(folder, pair.p, processes):
             found.add(batch)
-    # One choice for the whole run, as there are many batches: half of the responses' room is an average guess.
-    size = reference.count * max_tokens * pair.p.vocabulary.size // 2
-    backend = processes.by_first(lambda: backends.choose(size, dtype=pair.p.dtype))
     first, rest = divmod(len(found), reference.size)
     if rest and len(found) != reference.count:
         raise RunFolderError(
@@ -132,7 +127,7 @@ def score_candidate(
             contexts_q,
             features=features,
             js=js,
-            backend=backend,
+            backend=reference.backend,
             shown=shown,
             laws_size=laws_size,
         )

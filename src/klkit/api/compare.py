@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from klkit.api.assemble import from_strings, from_text
 from klkit.api.batches import SHOWN_STRINGS, floor_of
-from klkit.api.bytewise import text_sizes
 from klkit.api.candidates import (
     Candidate,
     contexts_of,
@@ -23,7 +22,7 @@ from klkit.api.candidates import (
     score_candidate,
 )
 from klkit.api.compare_settings import CompareSettings
-from klkit.api.gather import Gathered
+from klkit.api.gather import Gathered, TokenTables
 from klkit.api.material import (
     Material,
     Observer,
@@ -36,6 +35,7 @@ from klkit.api.material import (
     recorded_material,
     room,
     watch,
+    with_backend,
 )
 from klkit.api.plan import Plan
 from klkit.api.prepare import Pair, described, prepare, require_alike
@@ -46,9 +46,8 @@ from klkit.api.settings import Settings
 from klkit.api.strings import ALONE, stored
 from klkit.caches.recorded import RecordedModel
 from klkit.models.align import context_note
-from klkit.models.base import LanguageModel
+from klkit.models.base import LanguageModel, Vocabulary
 from klkit.models.noise import with_rounding_noise
-from klkit.models.token_classes import token_classes
 from klkit.models.wrap import temperature
 from klkit.ranking import Entry, Ranking
 from klkit.report.html import write_report
@@ -74,6 +73,7 @@ class Contest:
         resume: whether folders of candidates may be there.
         processes: that share the work.
         observe: called after every batch, in the first process.
+        tables: of the vocabularies that ``p`` was read over, one where no candidate has more ids.
     """
 
     p: LanguageModel
@@ -86,6 +86,7 @@ class Contest:
     resume: bool
     processes: Processes
     observe: Observer | None
+    tables: dict[Vocabulary, TokenTables] = field(default_factory=dict)
 
 
 def compare_models(
@@ -137,6 +138,7 @@ def compare_models(
     for candidate in candidates:
         require_room(candidate.name, candidate.window, material.plan, material.windows)
     require_alike(material.env, processes)
+    material = with_backend(material, alone, len(candidates), processes)
     folder = None
     if out is not None:
         folder = processes.by_first(lambda: RunFolder.create(out, settings.to_dict(), material.env, resume=resume))
@@ -192,7 +194,7 @@ def one_candidate(contest: Contest, candidate: Candidate, spec: str) -> Entry:
         folder = None
         if where is not None:
             folder = processes.by_first(lambda: pair_folder(where, settings, env, contest.resume))
-        whole = gathered(material, pair.p)
+        whole = gathered(contest, pair.p)
         watch(
             contest.observe,
             f"{candidate.name} reads",
@@ -204,7 +206,6 @@ def one_candidate(contest: Contest, candidate: Candidate, spec: str) -> Entry:
                 contexts_q,
                 features=material.features,
                 js=settings.token_js,
-                max_tokens=settings.context if material.plan is None else settings.max_tokens,
                 shown=0 if material.plan is None else SHOWN_STRINGS,
                 laws_size=int(material.facts["size"]),
                 folder=folder,
@@ -220,11 +221,12 @@ def one_candidate(contest: Contest, candidate: Candidate, spec: str) -> Entry:
     return entry
 
 
-def gathered(material: Material, p: LanguageModel) -> Gathered:
-    """Where the batches of a candidate are summed up."""
-    if material.plan is None:
-        return Gathered(0, every=True, classes=token_classes(p), first=False, sizes=text_sizes(p))
-    return Gathered(material.plan.clusters, classes=token_classes(p), groups=material.plan.groups, sizes=text_sizes(p))
+def gathered(contest: Contest, p: LanguageModel) -> Gathered:
+    """Where the batches of a candidate are summed up; most candidates have the tokens of ``p`` and no others."""
+    if p.vocabulary not in contest.tables:
+        contest.tables[p.vocabulary] = TokenTables.of(p)
+    tables, plan = contest.tables[p.vocabulary], contest.material.plan
+    return Gathered.of_text(tables) if plan is None else Gathered.of_plan(plan, tables)
 
 
 def assembled(
@@ -315,7 +317,7 @@ def other_direction(
         folder = processes.by_first(lambda: pair_folder(where / FROM_Q, backwards, env, contest.resume))
     plan = plan.swapped()
     if folder is not None and processes.by_first(lambda: (folder.path / RESULT).is_file()):
-        whole = Gathered(plan.clusters, classes=token_classes(pair.q), groups=plan.groups, sizes=text_sizes(pair.q))
+        whole = Gathered.of_plan(plan, TokenTables.of(pair.q))
         for batch in stored(folder, pair.q, processes):
             whole.add(batch)
     else:

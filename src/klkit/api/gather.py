@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,34 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from klkit.api.breakdown import PositionSums, TokenSums, breakdown
+from klkit.api.bytewise import text_sizes
 from klkit.api.facets import FacetSums, finite
+from klkit.api.plan import Plan
 from klkit.estimators.folds import deal
 from klkit.estimators.statistics import TokenStatistics
 from klkit.estimators.strings import StringStatistics
 from klkit.estimators.tally import Tally
-from klkit.models.base import Named
-from klkit.models.token_classes import CLASSES
+from klkit.models.base import LanguageModel, Named
+from klkit.models.token_classes import CLASSES, token_classes
 from klkit.report.shards import Batch, Details, Shown
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTables:
+    """What each token of a vocabulary is.
+
+    Attributes:
+        classes: its kind (``token_classes``).
+        sizes: bytes of text that it stands for (``text_sizes``); None where that is not known.
+    """
+
+    classes: Int[Tensor, " v"]
+    sizes: Int[Tensor, " v"] | None
+
+    @staticmethod
+    def of(model: LanguageModel) -> TokenTables:
+        """Those of the model's vocabulary: every token is read, so whoever needs them often keeps them."""
+        return TokenTables(token_classes(model), text_sizes(model))
 
 
 class Gathered:
@@ -29,10 +50,9 @@ class Gathered:
         clusters: how many independent units the run may draw, numbered from 0, for the folds of the control
             variates; 0 where none are wanted.
         every: keep the divergence of every decision, four bytes each: for quantiles, which sums do not give.
-        classes: the kind of each token (``token_classes``); without, nothing is broken down by kind.
+        tables: of ``p``'s tokens; without, nothing is broken down by kind, and texts have no known size.
         groups: the group of each prompt, if prompts have one.
         first: whether strings begin where responses do.
-        sizes: bytes of text that each token stands for (``text_sizes``); without, texts have no known size.
 
     Attributes:
         tally: what estimators and checks read.
@@ -44,22 +64,32 @@ class Gathered:
         clusters: int,
         *,
         every: bool = False,
-        classes: Int[Tensor, " v"] | None = None,
+        tables: TokenTables | None = None,
         groups: Sequence[str] | None = None,
         first: bool = True,
-        sizes: Int[Tensor, " v"] | None = None,
     ) -> None:
         self.tally = Tally(deal(np.arange(clusters)) if clusters else None)
         self.floor = torch.zeros(0, dtype=torch.float64)
         self._positions: list[PositionSums] = []
         self._tokens: list[TokenSums] = []
         self._facets: list[FacetSums] = []
-        self._classes, self._groups, self._first = classes, groups, first
+        self._classes = None if tables is None else tables.classes
+        self._sizes = None if tables is None else tables.sizes
+        self._groups, self._first = groups, first
         self._shown: list[tuple[TokenStatistics, Details, int]] = []
         self._every: list[Tensor] | None = [] if every else None
         self._strings = 0
-        self._sizes = sizes
         self._bytes: list[Tensor] = []
+
+    @staticmethod
+    def of_plan(plan: Plan, tables: TokenTables) -> Gathered:
+        """For strings that are drawn."""
+        return Gathered(plan.clusters, tables=tables, groups=plan.groups)
+
+    @staticmethod
+    def of_text(tables: TokenTables) -> Gathered:
+        """For windows of a given text."""
+        return Gathered(0, every=True, tables=tables, first=False)
 
     def add(self, batch: Batch) -> None:
         """Count in a batch."""

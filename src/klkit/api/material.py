@@ -37,6 +37,7 @@ from klkit.caches.shards import CacheError, Part
 from klkit.caches.sizes import CacheSize, cache_size, parse_size, readable, require_room
 from klkit.caches.source import Data, Teacher, ids_digest
 from klkit.caches.store import CacheStore, key_of
+from klkit.divergences import backends
 from klkit.estimators.variates import token_features
 from klkit.models.base import LanguageModel, head_of
 from klkit.sequences import Prompts, Sequences
@@ -121,7 +122,7 @@ def gather_material(
             size_of_laws = rows_with_mass(p, [given.context(i) for i in range(min(len(given), PROBED))])
         count, most = len(given), int(given.lengths.max())
         size = common.batch_size if isinstance(common.batch_size, int) else TEXT_BATCH
-        make = lambda start, some: given_batch(p, given, start, some, recording, size_of_laws)  # noqa: E731
+        make = lambda start, some, _backend: given_batch(p, given, start, some, recording, size_of_laws)  # noqa: E731
     else:
         plan, notes = make_plan(Pair(p, p, ()), common, prompts)
         env["contexts"] = contexts_digest(plan)
@@ -129,8 +130,12 @@ def gather_material(
             size_of_laws = rows_with_mass(p, plan.contexts_p[:PROBED])
         count, most, drawn = plan.total, plan.max_tokens, plan
         size = resolve_batch_size(p, plan, common.batch_size)
-        floor = common.floor != "none"
-        make = lambda start, some: sampled_batch(p, drawn, start, some, recording, size_of_laws, floor=floor)  # noqa: E731
+
+        def make(start: int, some: int, backend: str) -> ReferenceBatch:
+            return sampled_batch(
+                p, drawn, start, some, recording, size_of_laws, floor=common.floor != "none", backend=backend
+            )
+
     facts = {
         "kind": "sampled" if plan is not None else "text",
         "model": {name: value for name, value in env["models"]["p"].items() if name != "name"},
@@ -196,7 +201,7 @@ def recorded_material(p: RecordedModel, settings: CompareSettings) -> Material:
             f"expected a reference that klkit compare recorded in {path}, got: {error}; make it anew"
         ) from error
 
-    def make(start: int, some: int) -> Any:
+    def make(start: int, some: int, _backend: str) -> Any:
         raise CacheError(
             f"expected all {count} strings in {path}, got none from {start} on; make it anew from the model"
         )
@@ -217,6 +222,17 @@ def recorded_material(p: RecordedModel, settings: CompareSettings) -> Material:
     else:
         windows = Windows(Sequences.cat([batch.x for batch in reference]), tuple(facts["notes"]))
     return Material(reference, plan, windows, restored(facts["contents"]), notes, env, facts, p.features)
+
+
+def with_backend(material: Material, p: LanguageModel, candidates: int, processes: Processes) -> Material:
+    """The same, with kernels for the whole comparison: half of the responses' room is an average guess.
+
+    One choice for all processes: what has been compiled before may differ between machines.
+    """
+    reference = material.reference
+    room = candidates * reference.count * int(material.facts["max_tokens"]) * p.vocabulary.size // 2
+    backend = processes.by_first(lambda: backends.choose(room, dtype=p.dtype))
+    return replace(material, reference=replace(reference, backend=backend))
 
 
 def fill(material: Material, processes: Processes, observe: Observer | None) -> None:

@@ -159,14 +159,16 @@ class Reference:
     Attributes:
         count: strings in all.
         size: strings a batch.
-        draw: draws or reads the batch that begins with a string, of so many strings.
+        draw: draws or reads the batch that begins with a string, of so many strings, with kernels of a name.
         store: where batches are kept.
+        backend: kernels that laws are reduced with, the same for all batches and candidates.
     """
 
     count: int
     size: int
-    draw: Callable[[int, int], ReferenceBatch]
+    draw: Callable[[int, int, str], ReferenceBatch]
     store: MemoryStore | FolderStore
+    backend: str = "eager"
 
     def __len__(self) -> int:
         return -(-self.count // self.size)
@@ -178,7 +180,7 @@ class Reference:
 
     def _part(self, start: int, size: int) -> ReferenceBatch:
         try:
-            return self.draw(start, size)
+            return self.draw(start, size, self.backend)
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
@@ -190,7 +192,15 @@ class Reference:
 
 
 def sampled_batch(
-    p: LanguageModel, plan: Plan, start: int, size: int, recording: Recording, laws: int, *, floor: bool
+    p: LanguageModel,
+    plan: Plan,
+    start: int,
+    size: int,
+    recording: Recording,
+    laws: int,
+    *,
+    floor: bool,
+    backend: str,
 ) -> ReferenceBatch:
     """Strings of ``p``, drawn as ``klkit estimate`` draws them: the same ones, whatever the batches.
 
@@ -204,7 +214,7 @@ def sampled_batch(
     checked = torch.arange(max(0, min(len(x), FLOOR_STRINGS - start)) if floor else 0)
     again = p.dtype not in (torch.float32, torch.float64)
     kept, coverage = kept_of(p, p.encode(x) if again else draw.hidden, recording, x, start, laws)
-    return ReferenceBatch(start, x, kept, batch_floor(p, draw.hidden, x, checked), coverage)
+    return ReferenceBatch(start, x, kept, batch_floor(p, draw.hidden, x, checked, backend), coverage)
 
 
 def kept_of(

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from klkit.api.assemble import from_strings, from_text, from_two_directions
 from klkit.api.batches import FLOOR_STRINGS, batches_of, describe, floor_of, no_details
-from klkit.api.bytewise import cost_notes, text_sizes
+from klkit.api.bytewise import cost_notes
 from klkit.api.drawn import Sampler
-from klkit.api.gather import Gathered
+from klkit.api.gather import Gathered, TokenTables
 from klkit.api.plan import Plan
 from klkit.api.precision import narrow_enough, too_wide
 from klkit.api.prepare import (
@@ -45,7 +45,6 @@ from klkit.estimators.variates import token_features
 from klkit.models.base import LanguageModel
 from klkit.models.noise import with_rounding_noise
 from klkit.models.spec import load
-from klkit.models.token_classes import token_classes
 from klkit.report.html import write_report
 from klkit.report.record import FROM_Q, RunFolder
 from klkit.report.shards import Batch, Shown
@@ -253,7 +252,7 @@ def draw_strings(
     pair: Pair, plan: Plan, settings: Settings, folder: RunFolder | None, share: Share, *, mixture: bool = False
 ) -> Gathered:
     """The strings of one direction, drawn, scored and summed up."""
-    found = Gathered(plan.clusters, classes=token_classes(pair.p), groups=plan.groups, sizes=text_sizes(pair.p))
+    found = Gathered.of_plan(plan, TokenTables.of(pair.p))
     draw_batches(
         pair,
         plan,
@@ -354,7 +353,7 @@ def measure_text(
     require_alike(env, processes)
     folder = start(out, settings, env, resume, processes)
     size = settings.batch_size if isinstance(settings.batch_size, int) else 16
-    found = Gathered(0, every=True, classes=token_classes(pair.p), first=False, sizes=text_sizes(pair.p))
+    found = Gathered.of_text(TokenTables.of(pair.p))
     number = 0
 
     def work(rows: Tensor) -> Batch:

@@ -185,7 +185,7 @@ def deviates_of(
     return np.where(np.isnan(deviates), 0.0, deviates)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def repeatable(clusters: int, seed: int) -> tuple[NDArray[np.uint16], ...]:
     """:func:`resamples` from a seed, kept: the parts of a breakdown are many intervals over the same few numbers."""
     return tuple(counts.astype(np.uint16) for counts in resamples(clusters, np.random.default_rng(seed)))
