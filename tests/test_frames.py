@@ -15,6 +15,7 @@ from klkit.api.compare import compare_models
 from klkit.api.compare_settings import CompareSettings
 from klkit.frames import candidate_rows, difference, estimator_rows, frame, result_row
 from klkit.models.automaton import random_automaton
+from klkit.ranking import gaps
 from klkit.rng import stream
 
 
@@ -27,7 +28,7 @@ def compared(out=None, **options):
     given = {"p": "p", "candidates": [q.name for q in candidates], "samples": 60, "max_tokens": 20, **options}
     sizes = [{"file_bytes": 10 * (i + 1), "parameters": 7, "bits_per_weight": 4.0} for i in range(3)]
     made = [
-        Candidate(q.name, lambda q=q: nullcontext(q), lambda size=size: size)
+        Candidate(q.name, lambda q=q: nullcontext(q), lambda _, size=size: size)
         for q, size in zip(candidates, sizes, strict=True)
     ]
     return compare_models(p, made, CompareSettings.from_mapping(given), out=out)
@@ -121,10 +122,14 @@ def test_one_row_a_candidate(ranking, pandas):
 
 def test_differences_change_their_sign_with_their_order(ranking):
     result = ranking.to_dict()
-    one, two = (difference(result, *names, "d") for names in (("a", "b"), ("b", "a")))
-    assert one["d"] == -two["d"] != 0
-    assert (one["d_lower"], one["d_upper"]) == (-two["d_upper"], -two["d_lower"])
-    assert one["d_stderr"] == two["d_stderr"] > 0
+    one, two = gaps(result, "b")["a"], gaps(result, "a")["b"]
+    assert one.difference == -two.difference != 0
+    assert (one.lower, one.upper) == (-two.upper, -two.lower)
+    assert one.stderr == two.stderr > 0
+    assert (one.adjusted, one.tied) == (two.adjusted, two.tied)
+    assert difference(one, "nats", "d") == dict(zip(("d", "d_stderr", "d_lower", "d_upper"), one[:4], strict=True))
+    assert difference(one, "bits", "d")["d"] == pytest.approx(one.difference * math.log(2))
+    assert set(difference(None, "nats", "d").values()) == {0.0}
 
 
 def test_of_a_text_there_is_one_quantity(tmp_path):

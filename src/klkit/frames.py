@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from klkit.ranking import Gap, gaps
 from klkit.results import NATS_PER_BIT
 
 PER = {"S": "response", "R": "token", "F": "text_token"}
@@ -126,7 +127,7 @@ def result_row(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def candidate_rows(ranking: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row a candidate of a ranking, the closest first."""
-    best = ranking["candidates"][0]["name"]
+    less_closest = gaps(ranking, ranking["candidates"][0]["name"])
     rows = []
     for entry in ranking["candidates"]:
         size, per = entry["size"], f"nats_per_{PER[ranking['estimand']]}"
@@ -136,7 +137,7 @@ def candidate_rows(ranking: Mapping[str, Any]) -> list[dict[str, Any]]:
             "rank_last": entry["rank_last"],
             "tied_with": ", ".join(entry["tied_with"]),
             **result_row(entry["result"]),
-            **difference(ranking, entry["name"], best, f"less_closest_{per}"),
+            **difference(less_closest.get(entry["name"]), ranking["unit"], f"less_closest_{per}"),
         }
         if entry["reverse"] is not None:
             row |= bounded(column_of(entry["reverse"]), entry["reverse"])
@@ -153,14 +154,8 @@ def candidate_rows(ranking: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def difference(ranking: Mapping[str, Any], name: str, other: str, column: str) -> dict[str, float]:
-    """``name`` less ``other``, paired, with its standard error and interval: four columns, 0 for one and the same."""
-    unit = ranking["unit"]
-    found = {column: 0.0, f"{column}_stderr": 0.0, f"{column}_lower": 0.0, f"{column}_upper": 0.0}
-    for pair in ranking["pairs"]:
-        if {pair["first"], pair["second"]} == {name, other}:
-            value, stderr, lower, upper = (nats(pair[key], unit) for key in ("difference", "stderr", "lower", "upper"))
-            if pair["first"] == other:
-                value, lower, upper = -value, -upper, -lower
-            return dict(zip(found, (value, stderr, lower, upper), strict=True))
-    return found
+def difference(gap: Gap | None, unit: str, column: str) -> dict[str, float]:
+    """A paired difference with its standard error and interval: four columns, 0 where there is none."""
+    names = column, f"{column}_stderr", f"{column}_lower", f"{column}_upper"
+    numbers = (0.0,) * 4 if gap is None else gap[:4]
+    return {name: nats(number, unit) for name, number in zip(names, numbers, strict=True)}

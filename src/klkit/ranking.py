@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from klkit.results import ESTIMANDS, Comparison, Estimate, html_table, jsonable, plain
+from klkit.results import Comparison, Estimate, html_table, jsonable, plain
 from klkit.stats.ranking import CLOSER, Order
 
 SCHEMA = "klkit.ranking/1"
@@ -31,6 +31,45 @@ class Entry:
     size: Mapping[str, Any]
     floor: Mapping[str, Any]
     reverse: Comparison | None = None
+
+
+class Gap(NamedTuple):
+    """A paired difference of two candidates, in the ranking's unit.
+
+    Attributes:
+        adjusted: p-value, adjusted for the number of pairs; NaN where nothing was tested.
+        tied: whether the two are not resolved from each other.
+    """
+
+    difference: float
+    stderr: float
+    lower: float
+    upper: float
+    adjusted: float
+    tied: bool
+
+
+def gaps(ranking: Mapping[str, Any], other: str) -> dict[str, Gap]:
+    """Every other candidate less the one called ``other``, paired, from a ranking as :meth:`Ranking.to_dict` gives it.
+
+    Example:
+        >>> numbers = {"difference": 1.0, "stderr": 0.4, "lower": 0.5, "upper": 2.0, "p_adjusted": 0.01}
+        >>> pair = {"first": "a", "second": "b", **numbers, "verdict": "tied"}
+        >>> gaps({"pairs": [pair]}, "a")
+        {'b': Gap(difference=-1.0, stderr=0.4, lower=-2.0, upper=-0.5, adjusted=0.01, tied=True)}
+    """
+    found = {}
+    for pair in ranking["pairs"]:
+        if other in (pair["first"], pair["second"]):
+            value, error, lower, upper, adjusted = (
+                float(pair[name]) for name in ("difference", "stderr", "lower", "upper", "p_adjusted")
+            )
+            rest = adjusted, pair["verdict"] != CLOSER
+            if pair["second"] == other:
+                found[pair["first"]] = Gap(value, error, lower, upper, *rest)
+            else:
+                found[pair["second"]] = Gap(-value, error, -upper, -lower, *rest)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +113,15 @@ class Ranking:
 
     def tied_with(self, i: int) -> tuple[str, ...]:
         """Names of the candidates that entry ``i`` is not resolved from."""
-        pairs = [p for p in self.order.pairs if i in (p.first, p.second) and p.verdict != CLOSER]
-        others = [p.second if p.first == i else p.first for p in pairs]
-        return tuple(self.entries[j].name for j in self.ranked if j in others)
+        return self._ties()[i]
+
+    def _ties(self) -> list[tuple[str, ...]]:
+        others: list[set[int]] = [set() for _ in self.entries]
+        for pair in self.order.pairs:
+            if pair.verdict != CLOSER:
+                others[pair.first].add(pair.second)
+                others[pair.second].add(pair.first)
+        return [tuple(self.entries[j].name for j in self.ranked if j in others[i]) for i in range(len(self.entries))]
 
     def frontier(self) -> tuple[str, ...]:
         """Names of the candidates that no smaller file beats, by the estimates; those of known size alone."""
@@ -92,7 +137,7 @@ class Ranking:
 
     def to_dict(self) -> dict[str, Any]:
         """The ranking as plain JSON values under a versioned schema; divergences in the printing unit."""
-        head = self.entries[0].result.headline
+        head, ties = self.entries[0].result.headline, self._ties()
         return {
             "schema": SCHEMA,
             "sentence": self.sentence,
@@ -105,7 +150,7 @@ class Ranking:
             "reason": self.order.reason,
             "n_sequences": head.n,
             "n_clusters": head.clusters,
-            "candidates": [self._entry(i) for i in self.ranked],
+            "candidates": [self._entry(i, ties[i]) for i in self.ranked],
             "pairs": [self._pair(pair) for pair in self.order.pairs],
             "frontier": list(self.frontier()),
             "notes": list(self.notes),
@@ -123,7 +168,7 @@ class Ranking:
 
         return frame(candidate_rows(self.to_dict()))
 
-    def _entry(self, i: int) -> dict[str, Any]:
+    def _entry(self, i: int, ties: tuple[str, ...]) -> dict[str, Any]:
         entry = self.entries[i]
         scale = entry.result.headline.in_unit
         first, last = self.rank(i)
@@ -135,7 +180,7 @@ class Ranking:
             "name": entry.name,
             "rank_first": first,
             "rank_last": last,
-            "tied_with": list(self.tied_with(i)),
+            "tied_with": list(ties),
             "size": plain(entry.size),
             "against_floor": plain(floor),
             "per_token": entry.per_token.to_dict(),
@@ -163,7 +208,7 @@ class Ranking:
 
     def _repr_html_(self) -> str:
         head = self.entries[0].result.headline
-        unit = f"{head.direction}, {head.unit} {ESTIMANDS[head.estimand]}"
+        unit = f"{head.direction}, {head.unit} {head.per}"
         rows = [("rank", "candidate", unit, "interval", "same top-1")]
         for i in self.ranked:
             entry, (first, last) = self.entries[i], self.rank(i)

@@ -49,15 +49,16 @@ def test_an_infinite_value_reaches_nothing_but_the_rest_of_its_string():
     assert before.tolist() == [0.0, 1.0, torch.inf, 0.0, 3.0]
 
 
-def test_chunks_and_batches_change_nothing(monkeypatch):
+@pytest.mark.parametrize("js", [False, True])
+def test_chunks_and_batches_change_nothing(monkeypatch, js):
     p, q = random_pair(0)
     x = sample(p, [p.context(None)] * 30, max_tokens=12, seed=0).sequences
     hidden = p.encode(x), q.encode(x)
     table = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    whole = collect(p, hidden[0], q, hidden[1], x, features=table, mixture=True, js=True)
+    whole = collect(p, hidden[0], q, hidden[1], x, features=table, mixture=True, js=js)
     monkeypatch.setattr(module, "rows_per_chunk", lambda width: 7)
-    assert_same(collect(p, hidden[0], q, hidden[1], x, features=table, mixture=True, js=True), whole)
-    assert_same(score(p, q, x, batch_size=4, features=table, mixture=True, js=True), whole)
+    assert_same(collect(p, hidden[0], q, hidden[1], x, features=table, mixture=True, js=js), whole)
+    assert_same(score(p, q, x, batch_size=4, features=table, mixture=True, js=js), whole)
 
 
 def test_selected_strings_keep_their_decisions():

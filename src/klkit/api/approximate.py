@@ -14,7 +14,7 @@ from torch import Tensor
 from klkit.api.approximation import Approximation, Texts, approximation
 from klkit.api.plan import Plan
 from klkit.api.prepare import Pair, environment, load_models, make_plan, resolved
-from klkit.api.prompts import read_prompts
+from klkit.api.prompts import prompts_of
 from klkit.api.settings import Settings
 from klkit.api.strings import ALONE, resolve_batch_size
 from klkit.models.align import differing
@@ -37,9 +37,7 @@ def approximate_run(settings: Settings, processes: Processes = ALONE) -> Approxi
         ValueError, OSError: as :func:`klkit.api.run.run`, and as :func:`approximate`.
     """
     settings = resolved(settings)
-    prompts = None
-    if settings.prompts is not None:
-        prompts = read_prompts(settings.prompts, settings.column, settings.group_column)
+    prompts = prompts_of(settings)
     p, q = load_models(settings, processes)
     return approximate(p, q, settings, prompts, processes)
 
@@ -63,7 +61,7 @@ def approximate(
             f"expected one process for approximate=True, got {processes.count}: its work is not shared; leave the "
             f"launcher out"
         )
-    if p is q or not differing(p, q):
+    if p is q or not differing(p.vocabulary.tokens, q.vocabulary.tokens):
         raise ValueError(
             f"expected two tokenizers for approximate=True, got {p.name} and {q.name}, whose tokens agree id by id: "
             f"for those the exact divergence exists; leave approximate (--approximate) out"
@@ -135,11 +133,9 @@ def draw_texts(
     size, parts = resolve_batch_size(p, plan, batch_size), []
     spelt, total = token_bytes(p), min(plan.total, most or plan.total)
     for start in range(0, total, size):
-        names = plan.names(start, min(start + size, total))
-        contexts = [plan.contexts_p[i] for i in names["prompt"]]
-        draw = sample(p, contexts, max_tokens=plan.max_tokens, seed=plan.seed, **names)
+        draw = plan.draw(sample, p, start, min(start + size, total))
         logp = read_texts(p, draw.hidden, draw.sequences).numpy()
-        theirs = [contexts_q[i] for i in names["prompt"]]
+        theirs = [contexts_q[i] for i in draw.sequences.prompt.tolist()]
         parts.append(read_strings(draw.sequences, logp, p.vocabulary.ends, spelt, q, theirs, writers))
     columns: dict[str, Any] = {
         name: np.concatenate([getattr(part, name) for part in parts]) for name in Texts.__dataclass_fields__

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from klkit.results import NATS_PER_BIT, plain
-from klkit.stats.intervals import cluster_totals, ratio_stderr
+from klkit.stats.intervals import cluster_totals, clustered_ratio, ratio_stderr
 
 SCHEMA = "klkit.approximation/1"
 MEANING = (
@@ -78,8 +78,7 @@ class Reading:
         """
         if not weights.sum() > 0:
             return cls(math.nan, math.nan)
-        totals, sizes = cluster_totals(contributions, weights, cluster)
-        return cls(float(totals.sum() / sizes.sum()), ratio_stderr(totals, sizes))
+        return cls(*clustered_ratio(contributions, weights, cluster))
 
     def scaled(self, factor: float) -> Reading:
         """The same in another unit."""

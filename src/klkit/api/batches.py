@@ -39,16 +39,14 @@ def one_batch(
     backend: str,
 ) -> Batch:
     """Draw the strings from number ``start`` on, if they are not ``given``, and reduce them to their statistics."""
-    names = plan.names(start, start + size)
-    prompts = names["prompt"]
     if given is None:
-        draw = sample(p, [plan.contexts_p[i] for i in prompts], max_tokens=plan.max_tokens, seed=plan.seed, **names)
+        draw = plan.draw(sample, p, start, start + size)
         x, first = draw.sequences, draw.hidden
         hidden_p = p.encode(x) if rescore else first
     else:
         x, first = given, p.encode(given)
         hidden_p = first
-    hidden_q = hidden_p if q is p else q.encode(x.after([plan.contexts_q[i] for i in prompts]))
+    hidden_q = hidden_p if q is p else q.encode(x.after([plan.contexts_q[i] for i in x.prompt.tolist()]))
     shown = torch.arange(max(0, min(len(x), SHOWN_STRINGS - start)))
     checked = torch.arange(max(0, min(len(x), FLOOR_STRINGS - start)) if floor else 0)
     best = MostProbable(torch.isin(x.row(), shown), min(SHOWN_TOKENS, p.vocabulary.size))

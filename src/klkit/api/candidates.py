@@ -39,13 +39,13 @@ class Candidate:
     Attributes:
         name: what tables call it.
         open: gives the model while it is needed, and frees it afterwards.
-        size: of its weights, asked for while it is open; empty if not known.
+        size: what its weights take, given the opened model; empty if not known.
         window: tokens that it can read, where that is known before it is opened.
     """
 
     name: str
     open: Callable[[], AbstractContextManager[LanguageModel]]
-    size: Callable[[], dict[str, Any]] = dict
+    size: Callable[[LanguageModel], dict[str, Any]] = lambda _: {}
     window: int | None = None
 
 

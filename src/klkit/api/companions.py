@@ -15,7 +15,7 @@ from klkit.estimators.audit import mismatch
 from klkit.estimators.strings import StringStatistics
 from klkit.estimators.tally import Tally
 from klkit.results import NATS_PER_BIT, Estimate, jsonable
-from klkit.stats.intervals import cluster_totals, ratio_interval, ratio_stderr
+from klkit.stats.intervals import cluster_totals, clustered_ratio, ratio_interval
 from klkit.stats.quantiles import quantile_interval
 
 TEXT_QUANTILES = (0.5, 0.99, 0.999)
@@ -49,19 +49,17 @@ def per_token(strings: StringStatistics, roles: tuple[str, str] = ("p", "q")) ->
         if bool(values.isnan().all()):  # not known where only parts of the first model's laws were kept
             found[name] = {"value": "nan", "stderr": "nan"}
             continue
-        totals, weights = cluster_totals(values.numpy(), lengths, cluster)
         with np.errstate(invalid="ignore"):
-            mean, error = float(totals.sum() / weights.sum()), ratio_stderr(totals, weights)
+            mean, error = clustered_ratio(values.numpy(), lengths, cluster)
         found[name] = {"value": jsonable(mean), "stderr": jsonable(error)}
     finite = lengths - strings.infinite.numpy()
     if 0 < finite.sum() < lengths.sum():
         # What is left of an infinite divergence: another quantity, under a name of its own.
-        totals, weights = cluster_totals(strings.finite_kl.numpy(), finite, cluster)
-        value, error = float(totals.sum() / weights.sum()), ratio_stderr(totals, weights)
+        value, error = clustered_ratio(strings.finite_kl.numpy(), finite, cluster)
         share = float(finite.sum() / lengths.sum())
         found["kl_of_finite_decisions"] = {"value": jsonable(value), "stderr": jsonable(error), "share": share}
-    totals, weights = cluster_totals(lengths, np.ones(len(lengths)), cluster)
-    found["mean_length"] = {"value": float(lengths.mean()), "stderr": jsonable(ratio_stderr(totals, weights))}
+    mean, error = clustered_ratio(lengths, np.ones(len(lengths)), cluster)
+    found["mean_length"] = {"value": mean, "stderr": jsonable(error)}
     return found
 
 
@@ -85,8 +83,7 @@ def bits_per_byte(
         if np.isnan(bits).any():  # neither model allows a given text
             found[f"bits_per_byte_{role}"] = {"value": "nan", "stderr": "nan"}
             continue
-        totals, weights = cluster_totals(bits, sizes.double().numpy(), cluster)
-        value, error = float(totals.sum() / weights.sum()), ratio_stderr(totals, weights)
+        value, error = clustered_ratio(bits, sizes.double().numpy(), cluster)
         found[f"bits_per_byte_{role}"] = {"value": jsonable(value), "stderr": jsonable(error)}
     return found
 

@@ -38,7 +38,7 @@ from klkit.api.material import (
     with_backend,
 )
 from klkit.api.plan import Plan
-from klkit.api.prepare import Pair, described, prepare, require_alike
+from klkit.api.prepare import Pair, described, prepare, require_alike, require_wide
 from klkit.api.rank import against_floor, rank_entries
 from klkit.api.reference import FLOOR_STRINGS
 from klkit.api.run import Share, draw_strings, finish
@@ -121,11 +121,7 @@ def compare_models(
     """
     observe = observe if processes.first else None
     common = settings.common
-    if common.floor == "dtype" and wide is None:
-        raise ValueError(
-            "expected models by name for the floor 'dtype', got loaded ones: klkit cannot load their fp32 form; give "
-            "specifications, or leave floor out"
-        )
+    require_wide(common, wide)
     require_all(candidates, out, resume)
 
     def ready() -> tuple[LanguageModel, Material]:
@@ -213,7 +209,7 @@ def one_candidate(contest: Contest, candidate: Candidate, spec: str) -> Entry:
                 observe=done,
             ),
         )
-        entry = processes.by_first(lambda: assembled(contest, candidate, pair, settings, env, whole, folder))
+        entry = processes.by_first(lambda: assembled(contest, candidate, model, pair, settings, env, whole, folder))
         if contest.both and material.plan is not None:
             plan = replace(material.plan, contexts_q=contexts_q or material.plan.contexts_p)
             reverse = other_direction(contest, candidate.name, pair, plan, settings, env, where)
@@ -232,6 +228,7 @@ def gathered(contest: Contest, p: LanguageModel) -> Gathered:
 def assembled(
     contest: Contest,
     candidate: Candidate,
+    model: LanguageModel,
     pair: Pair,
     settings: Settings,
     env: dict[str, Any],
@@ -252,7 +249,7 @@ def assembled(
         per_token = next(e for e in result.estimates if e.estimand == "R")
     if folder is not None:
         keep(folder, result, pair.p, whole)
-    return Entry(candidate.name, result, per_token, candidate.size(), against_floor(whole.strings, noise))
+    return Entry(candidate.name, result, per_token, candidate.size(model), against_floor(whole.strings, noise))
 
 
 def require_all(candidates: Sequence[Candidate], out: Path | None, resume: bool) -> None:
@@ -342,7 +339,7 @@ def pair_folder(where: Path, settings: Settings, env: dict[str, Any], resume: bo
         folder = RunFolder.open(where)
         folder.check_same_run(settings.to_dict(), env)
         return folder
-    return RunFolder.create(where, settings.to_dict(), env, resume=resume and where.exists())
+    return RunFolder.create(where, settings.to_dict(), env, resume=resume)
 
 
 def keep(folder: RunFolder, result: Comparison, model: LanguageModel, whole: Gathered) -> None:

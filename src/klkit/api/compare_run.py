@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from klkit.api.compare import compare_models
 from klkit.api.compare_settings import CompareSettings
 from klkit.api.material import Observer
 from klkit.api.prepare import absolute, resolved, with_defaults
-from klkit.api.prompts import read_documents, read_prompts
+from klkit.api.prompts import documents_of, prompts_of
 from klkit.api.settings import Settings
 from klkit.api.strings import ALONE
 from klkit.caches.recorded import RecordedModel
 from klkit.caches.recording import HIDDEN
+from klkit.models.align import differing
 from klkit.models.base import LanguageModel, VocabularyMismatch
 from klkit.models.checkpoints import quiet, read_tokenizer, read_window
 from klkit.models.family import Family, load_one
@@ -64,21 +65,21 @@ def run_compare(
     common = settings.common
 
     def loaded() -> dict[str, Any]:
-        given = prompts
-        if given is None and common.prompts is not None:
-            given = read_prompts(common.prompts, common.column, common.group_column)
-        column = "text" if common.column == "prompt" else common.column
-        documents = read_documents(common.text, column) if common.text else None
+        given = prompts if prompts is not None else prompts_of(common)
+        documents = documents_of(common)
         specs = [spec_of(common, settings.pair(i).q, processes) for i in range(len(settings.candidates))]
+
+        def candidates_of(opened: Callable[[ModelSpec, str], AbstractContextManager[LanguageModel]]) -> list[Candidate]:
+            return [waiting(opened, spec, name) for spec, name in zip(specs, settings.candidates, strict=True)]
+
         if common.p.startswith(CACHE):
             require_nothing_drawn(settings)
             p: LanguageModel = RecordedModel.open(common.p.removeprefix(CACHE))
-            candidates = [alone(spec, name) for spec, name in zip(specs, settings.candidates, strict=True)]
-            return {"p": p, "candidates": candidates}
+            return {"p": p, "candidates": candidates_of(lambda spec, name: nullcontext(load_one(spec, name)))}
         mine = spec_of(common, common.p, processes)
         require_one_tokenizer(mine, specs, settings)
         family = Family(mine, common.p)
-        candidates = [member(family, spec, name) for spec, name in zip(specs, settings.candidates, strict=True)]
+        candidates = candidates_of(family.candidate)
         named = with_defaults(common, common.p, processes)
         wide = (lambda: load(named, dtype="float32")) if common.floor == "dtype" else None
         found = {"prompts": given, "documents": documents, "wide": wide}
@@ -122,35 +123,11 @@ def spec_of(settings: Settings, text: str, processes: Processes) -> ModelSpec:
     return ModelSpec.parse(with_defaults(settings, text, processes))
 
 
-def member(family: Family, spec: ModelSpec, name: str) -> Candidate:
-    """A candidate that shares with ``p`` what it can."""
-    opened: list[LanguageModel] = []
-
-    @contextmanager
-    def open_it() -> Iterator[LanguageModel]:
-        with family.candidate(spec, name) as model:
-            opened.append(model)
-            try:
-                yield model
-            finally:
-                opened.clear()
-
-    return Candidate(name, open_it, lambda: size_of(opened[0], spec), read_window(spec))
-
-
-def alone(spec: ModelSpec, name: str) -> Candidate:
-    """A candidate where there is no ``p`` to share anything with."""
-    opened: list[LanguageModel] = []
-
-    @contextmanager
-    def open_it() -> Iterator[LanguageModel]:
-        opened.append(load_one(spec, name))
-        try:
-            yield opened[0]
-        finally:
-            opened.clear()
-
-    return Candidate(name, open_it, lambda: size_of(opened[0], spec), read_window(spec))
+def waiting(
+    opened: Callable[[ModelSpec, str], AbstractContextManager[LanguageModel]], spec: ModelSpec, name: str
+) -> Candidate:
+    """A candidate that ``opened`` gives when its turn comes."""
+    return Candidate(name, lambda: opened(spec, name), lambda model: size_of(model, spec), read_window(spec))
 
 
 def size_of(model: LanguageModel, spec: ModelSpec) -> dict[str, Any]:
@@ -193,10 +170,7 @@ def require_one_tokenizer(p: ModelSpec, candidates: Sequence[ModelSpec], setting
             if spec.path in seen and spec.tokenizer is None:
                 continue
             seen.add(spec.path)
-            theirs = words_of(spec)
-            pairs = enumerate(zip(ours, theirs, strict=False))
-            wrong = [(i, a, b) for i, (a, b) in pairs if a is not None and b is not None and a != b]
-            if wrong:
+            if wrong := differing(ours, words_of(spec)):
                 i, a, b = wrong[0]
                 raise VocabularyMismatch(
                     f"expected candidates over the tokens of p, got {name} with other strings for {len(wrong)} ids: id "

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from klkit.api.batches import floor_of
 from klkit.api.prepare import Pair, make_plan, resolved, with_defaults
-from klkit.api.prompts import read_prompts
+from klkit.api.prompts import prompts_of
 from klkit.api.settings import Settings
 from klkit.estimators.rao_blackwell import rao_blackwell
 from klkit.estimators.statistics import collect
@@ -23,7 +23,7 @@ from klkit.models.spec import load
 from klkit.results import jsonable
 from klkit.sampling.ancestral import sample
 from klkit.sequences import Sequences
-from klkit.stats.intervals import cluster_totals, ratio_stderr
+from klkit.stats.intervals import clustered_ratio
 
 STRINGS = 16  # unless told otherwise
 READING = (
@@ -57,17 +57,9 @@ class Floor:
     def of(cls, kind: str, meaning: str, x: Sequences, kl: Float[Tensor, " n"]) -> Floor:
         """Sum up the divergences of the strings ``x``, in nats."""
         values, cluster = kl.double().numpy(), x.cluster.numpy()
-        responses = cluster_totals(values, np.ones(len(values)), cluster)
-        tokens = cluster_totals(values, x.lengths.double().numpy(), cluster)
-        return cls(
-            kind,
-            meaning,
-            float(responses[0].sum() / responses[1].sum()),
-            ratio_stderr(*responses),
-            float(tokens[0].sum() / tokens[1].sum()),
-            ratio_stderr(*tokens),
-            len(values),
-        )
+        responses = clustered_ratio(values, np.ones(len(values)), cluster)
+        tokens = clustered_ratio(values, x.lengths.double().numpy(), cluster)
+        return cls(kind, meaning, *responses, *tokens, len(values))
 
     def to_dict(self) -> dict[str, Any]:
         """The floor as plain JSON values."""
@@ -112,20 +104,11 @@ def floors(
     """
     options = {"max_tokens": max_tokens, "samples": samples, "seed": seed, "dtype": dtype, "device": device}
     settings = resolved(Settings.from_mapping({"p": p, "q": p, "prompts": prompts, **options}))
-    read = None if settings.prompts is None else read_prompts(settings.prompts)
     spec = with_defaults(settings, settings.p)
     model = load(spec)
     noisy = with_rounding_noise(model, seed=seed)
-    plan, _ = make_plan(Pair(model, model, ()), settings, read)
-    names = plan.slice(0, samples)
-    draw = sample(
-        model,
-        [plan.contexts_p[prompt] for prompt, _ in names],
-        max_tokens=plan.max_tokens,
-        seed=seed,
-        prompt=[prompt for prompt, _ in names],
-        replicate=[replicate for _, replicate in names],
-    )
+    plan, _ = make_plan(Pair(model, model, ()), settings, prompts_of(settings))
+    draw = plan.draw(sample, model, 0, samples)
     x = draw.sequences
     together = model.encode(x)
 

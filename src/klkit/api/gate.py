@@ -74,7 +74,7 @@ class Gate:
 
 
 def gate(result: Comparison, limit: float, *, per: str = "response", level: float = 0.95) -> Gate:
-    """Hold ``result`` against ``limit`` nats, with an error of at most ``1 − level`` either way.
+    """Hold ``result`` against ``limit`` nats, with a nominal error of ``1 − level`` either way.
 
     A pass says that the divergence is below the limit, a failure that it is above, and neither is said where the
     interval holds the limit. Of a fixed text the quantity is that per token of this text, whatever ``per`` is.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxtyping import Int
 from torch import Tensor
 
 from klkit.api.settings import MINIMUM_STRINGS
+from klkit.models.base import LanguageModel
 from klkit.rng import numpy_stream
+
+Drawing = TypeVar("Drawing")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,12 @@ class Plan:
             "replicate": [replicate for _, replicate in pairs],
             "cluster": prompts if len(self.contexts_p) > 1 else list(range(start, start + len(pairs))),
         }
+
+    def draw(self, sampler: Callable[..., Drawing], p: LanguageModel, start: int, stop: int) -> Drawing:
+        """What ``sampler`` gives for the strings ``start`` to ``stop`` of ``p``."""
+        names = self.names(start, stop)
+        contexts = [self.contexts_p[i] for i in names["prompt"]]
+        return sampler(p, contexts, max_tokens=self.max_tokens, seed=self.seed, **names)
 
     def slice(self, start: int, stop: int) -> list[tuple[int, int]]:
         """(prompt, replicate) of the strings ``start`` to ``stop``."""

@@ -21,7 +21,7 @@ from klkit.api.strings import ALONE
 from klkit.models.align import align, context_note
 from klkit.models.base import LanguageModel, Named
 from klkit.models.spec import ModelSpec, candidate_spec, load_pair
-from klkit.models.wrap import innermost, temperature, transformations
+from klkit.models.wrap import innermost, model_digest, temperature
 from klkit.sequences import Prompts
 from klkit.stats.intervals import MINIMUM_CLUSTERS
 from klkit.train.processes import Processes
@@ -235,10 +235,20 @@ def described(**models: LanguageModel) -> dict[str, Any]:
     }
 
 
-def model_digest(model: Named) -> str:
-    """What tells one model's laws from another's: the digest of its weights, or its name, and what was done to it."""
-    inner: Any = innermost(model)
-    return str(getattr(inner, "digest", inner.name)) + transformations(model)
+def require_wide(settings: Settings, wide: object) -> None:
+    """Refuse the floor ``dtype`` of models that were given loaded.
+
+    Args:
+        wide: the sampled model in fp32, or what loads it; None if nothing does.
+
+    Raises:
+        ValueError: it is wanted, and there is none.
+    """
+    if settings.floor == "dtype" and wide is None:
+        raise ValueError(
+            "expected models by name for the floor 'dtype', got loaded ones: klkit cannot load their fp32 form; give "
+            "specifications, or leave floor out"
+        )
 
 
 def alike(p: Named, q: Named) -> str:

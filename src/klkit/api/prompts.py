@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from klkit.api.settings import Settings
 from klkit.sequences import Content, Prompts
 from klkit.train.records import SUFFIXES, decode, records, resolve
 
@@ -58,6 +59,20 @@ def _groups(
                 f"write text or a number, or name another field with --group-column"
             )
     return tuple(str(value).strip() for value in values)
+
+
+def prompts_of(settings: Settings) -> Prompts | None:
+    """Those that ``settings`` name, if they name a file."""
+    if settings.prompts is None:
+        return None
+    return read_prompts(settings.prompts, settings.column, settings.group_column)
+
+
+def documents_of(settings: Settings) -> list[str] | None:
+    """The fixed text that ``settings`` name, if they do; its field is called ``text`` unless another is named."""
+    if settings.text is None:
+        return None
+    return read_documents(settings.text, "text" if settings.column == "prompt" else settings.column)
 
 
 def read_documents(source: str, column: str = "text") -> list[str]:

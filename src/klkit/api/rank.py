@@ -13,7 +13,6 @@ from torch import Tensor
 from klkit.api.compare_settings import CompareSettings
 from klkit.estimators.strings import StringStatistics
 from klkit.ranking import Entry, Ranking
-from klkit.results import ESTIMANDS
 from klkit.stats.intervals import MINIMUM_CLUSTERS, cluster_totals, ratio_interval
 from klkit.stats.ranking import rank
 
@@ -60,7 +59,7 @@ def say(ranking: Ranking) -> str:
     first, *rest = ranking.ranked
     entry = ranking.entries[first]
     head = entry.result.headline
-    per = f"{head.unit} {ESTIMANDS[head.estimand]}"
+    per = f"{head.unit} {head.per}"
     value = f"{head.direction} = {head.in_unit(head.value):.4g} {per}, {head.describe_interval(ranking.order.level)}"
     counted = f"{head.n} {'windows of the given text' if head.estimand == 'F' else 'responses of p'}"
     if not rest:

@@ -207,9 +207,7 @@ def sampled_batch(
     In half precision the trunk vectors are those of a teacher-forced pass, in the batch shapes in which candidates are
     scored; otherwise those of the sampling pass, which are the same up to rounding and cost nothing.
     """
-    names = plan.names(start, start + size)
-    contexts = [plan.contexts_p[i] for i in names["prompt"]]
-    draw = sample(p, contexts, max_tokens=plan.max_tokens, seed=plan.seed, **names)
+    draw = plan.draw(sample, p, start, start + size)
     x = draw.sequences
     checked = torch.arange(max(0, min(len(x), FLOOR_STRINGS - start)) if floor else 0)
     again = p.dtype not in (torch.float32, torch.float64)

@@ -31,10 +31,11 @@ from klkit.api.prepare import (
     make_plan,
     prepare,
     require_alike,
+    require_wide,
     resolved,
     with_defaults,
 )
-from klkit.api.prompts import read_documents, read_prompts
+from klkit.api.prompts import documents_of, prompts_of
 from klkit.api.rounds import in_rounds
 from klkit.api.settings import KLKIT, Settings
 from klkit.api.strings import ALONE, Observer, run_strings, stored
@@ -46,7 +47,7 @@ from klkit.models.base import LanguageModel
 from klkit.models.noise import with_rounding_noise
 from klkit.models.spec import load
 from klkit.report.html import write_report
-from klkit.report.record import FROM_Q, RunFolder
+from klkit.report.record import FROM_Q, RESULT, RunFolder
 from klkit.report.shards import Batch, Shown
 from klkit.results import Comparison
 from klkit.sequences import Prompts
@@ -79,19 +80,12 @@ def run(
     """
 
     def loaded() -> dict[str, Any]:
-        if processes.first and resume and out is not None and (out / "result.json").is_file():
+        if processes.first and resume and out is not None and (out / RESULT).is_file():
             raise ValueError(
                 f"expected an unfinished run in {out} for --resume, got a finished one; read it with: klkit report "
                 f"{out}"
             )
-        prompts = None
-        if settings.prompts is not None:
-            prompts = read_prompts(settings.prompts, settings.column, settings.group_column)
-        documents = (
-            read_documents(settings.text, "text" if settings.column == "prompt" else settings.column)
-            if settings.text
-            else None
-        )
+        prompts, documents = prompts_of(settings), documents_of(settings)
         p, q = load_models(settings, processes)
         # Loaded before anything is drawn: what cannot be measured should not be found out at the end.
         wide = None
@@ -132,11 +126,7 @@ def measure(
     Raises:
         ValueError: as :func:`run`.
     """
-    if settings.floor == "dtype" and wide is None:
-        raise ValueError(
-            "expected models by name for the floor 'dtype', got loaded ones: klkit cannot load their fp32 form; "
-            "give specifications, or leave floor out"
-        )
+    require_wide(settings, wide)
     if (settings.sampler == KLKIT) != (sampler is None):
         raise ValueError(
             f"expected a sampler exactly where the settings name another one than {KLKIT}, got the setting "

@@ -26,7 +26,6 @@ from klkit.numerics import give_back_memory
 from klkit.report.record import RunFolder, RunFolderError
 from klkit.report.shards import Batch
 from klkit.results import Estimate
-from klkit.sequences import Sequences
 from klkit.train.processes import Processes
 
 ALONE = Processes()
@@ -119,7 +118,7 @@ def run_strings(
     backend = processes.by_first(lambda: backends.choose(room, dtype=p.dtype))
     drawn = None
     if sampler is not None:
-        drawn = Drawn(lambda start, stop: ask(sampler, p, plan, start, stop), plan.total, processes)
+        drawn = Drawn(lambda start, stop: plan.draw(sampler, p, start, stop), plan.total, processes)
 
     def work(job: tuple[int, int]) -> Batch:
         start, width = job
@@ -175,13 +174,6 @@ def stored(folder: RunFolder, p: LanguageModel, processes: Processes) -> Iterato
         yield batch
         strings += len(batch.statistics.x)
     processes.by_first(lambda: mend_samples(folder, p, strings))
-
-
-def ask(sampler: Sampler, p: LanguageModel, plan: Plan, start: int, stop: int) -> Sequences:
-    """The plan's strings ``start`` to ``stop`` from another sampler."""
-    names = plan.names(start, stop)
-    contexts = [plan.contexts_p[i] for i in names["prompt"]]
-    return sampler(p, contexts, max_tokens=plan.max_tokens, seed=plan.seed, **names)
 
 
 def mend_samples(folder: RunFolder, p: LanguageModel, strings: int) -> None:

@@ -18,7 +18,7 @@ from klkit.api.compare_settings import CompareSettings
 from klkit.api.drawn import Sampler
 from klkit.api.material import Stage
 from klkit.api.prepare import MEMORY, load_models, resolved
-from klkit.api.prompts import read_prompts
+from klkit.api.prompts import prompts_of
 from klkit.api.run import measure, run
 from klkit.api.settings import Settings
 from klkit.api.strings import ALONE, Observer
@@ -121,9 +121,7 @@ def estimate(
         settings = processes.everywhere(lambda: resolved(settings))
         p, q = processes.everywhere(lambda: load_models(settings, processes))
     if settings.prompts is not None:
-        prompts = processes.everywhere(
-            lambda: read_prompts(str(settings.prompts), settings.column, settings.group_column)
-        )
+        prompts = processes.everywhere(lambda: prompts_of(settings))
     elif prompts is not None:
         prompts = prompts if isinstance(prompts, Prompts) else Prompts(tuple(prompts))
         settings = replace(settings, prompts=f"{MEMORY}{len(prompts)} prompts")
@@ -192,8 +190,7 @@ def compare(
         raise TypeError(
             "expected specifications alone or models alone, got some of both; load all of them with klkit.load"
         )
-    if given is None and settings.common.prompts is not None:
-        given = read_prompts(settings.common.prompts, settings.common.column, settings.common.group_column)
+    given = prompts_of(settings.common) if given is None else given
     first, *rest = loaded
     waiting = [Candidate(q.name, lambda q=q: nullcontext(q)) for q in rest]  # type: ignore[misc]
     return compare_models(

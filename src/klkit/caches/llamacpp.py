@@ -16,7 +16,6 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from klkit.caches.shards import CacheError
 from klkit.models.base import LanguageModel, Vocabulary, VocabularyMismatch
+from klkit.models.token_bytes import tokenizer_of
 from klkit.sequences import Sequences
 
 MAGIC = b"_logits_"
@@ -151,11 +151,6 @@ class LlamaCppFile:
         """Decisions scored in each window."""
         return scored_tokens(self.tokens.shape[1])
 
-    @property
-    def decisions(self) -> int:
-        """Decisions scored in all."""
-        return len(self.records)
-
     def strings(self, first: int | None = None) -> Sequences:
         """The windows: the scored tokens of each behind those that its model had read; see :func:`strings_of`."""
         return strings_of(self.tokens, first)
@@ -275,10 +270,7 @@ def first_token(windows: Int[Tensor, "w n"], model: LanguageModel, first: int | 
         (None, 1)
     """
     if first == "auto":
-        inner: Any = model
-        while not hasattr(inner, "tokenizer") and hasattr(inner, "base"):
-            inner = inner.base  # a transformation of a model
-        begin = getattr(getattr(inner, "tokenizer", None), "bos_token_id", None)
+        begin = getattr(tokenizer_of(model), "bos_token_id", None)
         return begin if begin is not None and begin == int(windows[0, 0]) else None
     if isinstance(first, str) or (first is not None and not 0 <= first < model.vocabulary.size):
         raise ValueError(

@@ -61,7 +61,7 @@ class ScoredLaws:
     @staticmethod
     def cat(parts: list[ScoredLaws]) -> ScoredLaws:
         """Successive decisions, on the CPU."""
-        rows = RowStatistics.cat([part.rows for part in parts]).to("cpu")
+        rows = RowStatistics.cat([part.rows for part in parts]).kept()
         own = {
             f.name: torch.cat([getattr(part, f.name) for part in parts]).cpu()
             for f in fields(ScoredLaws)

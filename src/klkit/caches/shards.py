@@ -212,7 +212,7 @@ def strings_of(tensors: Mapping[str, Tensor]) -> Sequences:
     inside = torch.arange(int(stop.max()) if len(stop) else 0) < stop[:, None]
     tokens = torch.zeros(inside.shape, dtype=torch.long).masked_scatter_(inside, tensors["tokens"].long())
     start, prompt, cluster, finished = (tensors[name] for name in ("start", "prompt", "cluster", "finished"))
-    return Sequences(tokens, start, stop, prompt, cluster, finished, sampler_logp=tensors.get("sampler_logp"))
+    return Sequences(tokens, start, stop, prompt, cluster, finished)
 
 
 def whole(path: Path) -> bool:

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from klkit.models.base import LanguageModel, Vocabulary
-from klkit.models.wrap import innermost, transformations
+from klkit.models.token_bytes import tokenizer_of
+from klkit.models.wrap import model_digest
 from klkit.sequences import Sequences
 
 
@@ -47,11 +48,10 @@ class Teacher:
             >>> Teacher.of(coin(end=0.5)).weights, Teacher.of(temperature(coin(end=0.5), 2.0)).weights
             ('5551fd78150384d5', '5551fd78150384d5|temperature=2')
         """
-        inner = innermost(model)
-        template = getattr(getattr(inner, "tokenizer", None), "chat_template", None)
+        template = getattr(tokenizer_of(model), "chat_template", None)
         return cls(
             name=model.name,
-            weights=str(getattr(inner, "digest", inner.name)) + transformations(model),
+            weights=model_digest(model),
             dtype=str(model.dtype).removeprefix("torch."),
             tokens=token_digest(model.vocabulary),
             size=model.vocabulary.size,

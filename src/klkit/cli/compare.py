@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -128,7 +127,7 @@ def carry_out(settings: CompareSettings, out: Path | None, resume: bool) -> tupl
     """Run the settings with progress; an interruption says how to go on. Of several processes the first returns."""
     from klkit.api.compare_run import run_compare
     from klkit.api.prepare import device_of
-    from klkit.cli.estimate import default_folder
+    from klkit.cli.estimate import default_folder, say_interrupted
     from klkit.cli.progress import Line
     from klkit.report.text import clock
     from klkit.train.processes import open_processes
@@ -159,11 +158,7 @@ def carry_out(settings: CompareSettings, out: Path | None, resume: bool) -> tupl
         line.close()
         if not first:
             sys.exit(INTERRUPTED)
-        if folder is not None and (folder / "config.yaml").is_file():
-            command = f"klkit compare --config {quote(str(folder / 'config.yaml'))} --out {quote(str(folder))} --resume"
-            print(f"\nklkit: interrupted; finished batches are kept. Continue with:\n  {command}", file=sys.stderr)
-        else:
-            print("\nklkit: interrupted before anything was drawn", file=sys.stderr)
+        say_interrupted(folder, "klkit compare --config")
         sys.exit(INTERRUPTED)
     finally:
         line.close()

@@ -19,7 +19,6 @@ from klkit.cli.progress import NATS_PER_BIT
 
 if TYPE_CHECKING:
     from klkit.api.settings import Settings
-    from klkit.cli.progress import Watcher
     from klkit.results import Comparison
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -254,7 +253,8 @@ def execute(
         except KeyboardInterrupt:
             watcher.close()
             if processes.first:
-                say_interrupted(folder, watcher)
+                strings = "finished batches" if watcher.last is None else f"{watcher.last.strings} strings"
+                say_interrupted(folder, "klkit run", strings)
             sys.exit(INTERRUPTED)
 
         def show() -> None:
@@ -295,14 +295,17 @@ def open_sampler(settings: Settings) -> Any:
     return sampler(sampled, settings.sampler)
 
 
-def say_interrupted(folder: Path, watcher: Watcher) -> None:
-    """Say what is kept of an interrupted run, and how to go on."""
-    if not (folder / "config.yaml").is_file():
+def say_interrupted(folder: Path | None, command: str, kept: str = "finished batches") -> None:
+    """Say what is kept of an interrupted run, and how to go on.
+
+    Args:
+        command: that reads the options of a run from a file.
+    """
+    if folder is None or not (folder / "config.yaml").is_file():
         print("\nklkit: interrupted before anything was drawn", file=sys.stderr)
         return
-    command = f"klkit run {quote(str(folder / 'config.yaml'))} --out {quote(str(folder))} --resume"
-    kept = f"{watcher.last.strings} strings are kept" if watcher.last else "finished batches are kept"
-    print(f"\nklkit: interrupted; {kept}. Continue with:\n  {command}", file=sys.stderr)
+    command = f"{command} {quote(str(folder / 'config.yaml'))} --out {quote(str(folder))} --resume"
+    print(f"\nklkit: interrupted; {kept} are kept. Continue with:\n  {command}", file=sys.stderr)
 
 
 def write_json(result: Mapping[str, Any], target: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from klkit.cli.show import show_evidence
+from klkit.ranking import gaps
 from klkit.report.ranking import rows_of
-from klkit.report.ranking_plots import differences
 from klkit.report.text import printable
 
 if TYPE_CHECKING:
@@ -52,16 +53,13 @@ def lines(result: dict[str, Any], rows: list[dict[str, str]]) -> list[tuple[str,
     found = []
     names = [row["name"] for row in result["candidates"]]
     for closer, farther in islice(pairwise(names), MOST_NEIGHBOURS):
-        gap = differences(result, farther, closer)
-        pair = next(p for p in result["pairs"] if {p["first"], p["second"]} == {closer, farther})
-        if gap is None or gap[0] != gap[0]:
+        gap = gaps(result, closer)[farther]
+        if math.isnan(gap.difference):
             continue
-        verdict = "farther than" if pair["verdict"] != "tied" else "tied with"
-        adjusted = float(pair["p_adjusted"])
-        tested = "" if adjusted != adjusted else f", adjusted p {adjusted:.2g}"
-        found.append(
-            ("paired", f"{farther} {verdict} {closer} by {gap[0]:.3g} ({gap[1]:.3g} to {gap[2]:.3g}){tested}", "")
-        )
+        verdict = "tied with" if gap.tied else "farther than"
+        tested = "" if math.isnan(gap.adjusted) else f", adjusted p {gap.adjusted:.2g}"
+        between = f"{gap.difference:.3g} ({gap.lower:.3g} to {gap.upper:.3g})"
+        found.append(("paired", f"{farther} {verdict} {closer} by {between}{tested}", ""))
     failed = [row["candidate"] for row in rows if row["audit"] != "passed"]
     if failed:
         found.append(("audit", f"FAILED for {', '.join(failed)}: see their own pages", "red"))

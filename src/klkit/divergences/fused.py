@@ -7,7 +7,7 @@ stay in cache; nothing of the size of all the logits is ever allocated. The same
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -72,17 +72,19 @@ class RowStatistics:
         """Whether both models agree on the most probable token."""
         return self.top_p == self.top_q
 
-    def select(self, rows: Int[Tensor, " k"]) -> RowStatistics:
-        """Those of the rows ``rows``, in that order."""
+    def each(self, change: Callable[[Tensor], Tensor]) -> RowStatistics:
+        """What ``change`` makes of every field that is there."""
         columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(RowStatistics)}
-        columns |= {name: column[rows] for name, column in columns.items() if column is not None}
+        columns = {name: None if x is None else change(x) for name, x in columns.items()}
         return RowStatistics(**columns)
 
-    def to(self, device: torch.device | str) -> RowStatistics:
-        """The same on a device."""
-        columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(RowStatistics)}
-        columns = {name: None if x is None else x.to(device) for name, x in columns.items()}
-        return RowStatistics(**columns)
+    def select(self, rows: Int[Tensor, " k"]) -> RowStatistics:
+        """Those of the rows ``rows``, in that order."""
+        return self.each(lambda column: column[rows])
+
+    def kept(self) -> RowStatistics:
+        """The same in main memory, token ids in half of what they are computed in, which is enough."""
+        return self.each(lambda column: (column if column.is_floating_point() else column.int()).cpu())
 
     @staticmethod
     def cat(parts: Sequence[RowStatistics]) -> RowStatistics:

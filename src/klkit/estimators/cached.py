@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Float
@@ -81,7 +80,7 @@ def score_cached(
         some = chosen[i : i + batch_size]
         mine = cache.strings(some) if x is None else x.select(list(range(i, i + len(some))))
         theirs = mine if contexts_q is None else mine.after(contexts_q[i : i + len(some)])
-        laws: Any = cache.rows(some, mine)
+        laws: Any = cache.rows(some, None if x is None else mine)
         parts.append(score_laws(laws, mine, q, q.encode(theirs), cache.manifest.teacher.ends, plain=plain))
     return TokenStatistics.cat(parts)
 
@@ -124,7 +123,5 @@ def score_laws(
                 )
             parts.append(row_statistics(found.to(logits.device), logits, drawn, ends))
         start = rows.stop
-    whole = RowStatistics.cat(parts).to("cpu")
-    # Token ids fit into half of what they are computed in.
-    whole = replace(whole, **{name: getattr(whole, name).int() for name in ("top_p", "top_q", "excluded")})
+    whole = RowStatistics.cat(parts).kept()
     return TokenStatistics(x=x, rows=whole, features=whole.kl.new_zeros(x.decisions, 0))

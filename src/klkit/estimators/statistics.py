@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -248,11 +247,7 @@ def collect(
             mixtures.append(mixture_kl(first, second, odds.to(first)))
         parts.append(stats)
     # One transfer a field, not one a chunk: each would wait for the accelerator to finish.
-    together = RowStatistics.cat(parts)
-    columns: dict[str, Any] = {f.name: getattr(together, f.name) for f in fields(RowStatistics)}
-    # Token ids fit into half of what they are computed in.
-    columns |= {n: (c if c.is_floating_point() else c.int()).cpu() for n, c in columns.items() if c is not None}
-    rows = RowStatistics(**columns)
+    rows = RowStatistics.cat(parts).kept()
     return TokenStatistics(
         x=x,
         rows=rows,

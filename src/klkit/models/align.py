@@ -106,20 +106,22 @@ def context_note(own: Sequence[Tensor], other: Sequence[Tensor]) -> str | None:
     )
 
 
-def differing(p: LanguageModel, q: LanguageModel) -> list[tuple[int, str, str]]:
-    """Ids that stand for different strings in two models, with both strings: none where a comparison by tokens exists.
+def differing(p: Sequence[str | None], q: Sequence[str | None]) -> list[tuple[int, str, str]]:
+    """Ids that stand for different strings in two vocabularies, with both: none where a comparison by tokens exists.
+
+    Args:
+        p, q: the string of each id, None where it has none.
 
     Example:
-        >>> from klkit.models.automaton import coin, finite
-        >>> differing(coin(end=0.5), finite({"b": 1.0}, symbols="b"))
-        [(0, 'a', 'b')]
+        >>> differing(("a", "b", None), ("a", "c", "d", "e"))
+        [(1, 'b', 'c')]
     """
-    pairs = zip(p.vocabulary.tokens, q.vocabulary.tokens, strict=False)
+    pairs = zip(p, q, strict=False)
     return [(i, a, b) for i, (a, b) in enumerate(pairs) if a is not None and b is not None and a != b]
 
 
 def _refuse_different_strings(p: LanguageModel, q: LanguageModel) -> None:
-    wrong = differing(p, q)
+    wrong = differing(p.vocabulary.tokens, q.vocabulary.tokens)
     if not wrong:
         return
     listed = "; ".join(f"id {i} is {a!r} in {p.name} and {b!r} in {q.name}" for i, a, b in wrong[:3])

@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +33,7 @@ from klkit.models.hypotheses import (
     heaviest,
 )
 from klkit.models.text_laws import TextLaws
+from klkit.models.wrap import innermost, model_digest
 from klkit.sequences import Content, Sequences
 
 BYTES = Vocabulary((*(f"<0x{byte:02X}>" for byte in range(END)), "<end>"), (END,))
@@ -99,8 +99,8 @@ class ByteLevel:
 
     @property
     def digest(self) -> str:
-        """The token-level model's digest, or its name."""
-        return str(getattr(self._innermost, "digest", self._innermost.name))
+        """The token-level model's digest, or its name, and what was done to its laws."""
+        return model_digest(self.tokenwise)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -112,7 +112,7 @@ class ByteLevel:
             kept = f"approximate: of the tokenisations of a text {' and '.join(limits)} are kept at every byte"
         size, silent = self.tokenwise.vocabulary.size, len(self._laws.silent)
         return (
-            *getattr(self._innermost, "notes", ()),
+            *getattr(innermost(self.tokenwise), "notes", ()),
             kept,
             f"{silent} of {size} tokens stand for no text (special or unused): left out of every choice of a token",
         )
@@ -235,14 +235,6 @@ class ByteLevel:
     @cached_property
     def _laws(self) -> TextLaws:
         return TextLaws(self.tokenwise)
-
-    @property
-    def _innermost(self) -> Any:
-        """The token-level model under any transformations."""
-        inner: Any = self.tokenwise
-        while hasattr(inner, "base"):
-            inner = inner.base
-        return inner
 
     @property
     def _wide(self) -> torch.dtype:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from klkit.models.places import ADAPTER_FILE as ADAPTER_FILE
-from klkit.models.places import PACKAGED as PACKAGED
 from klkit.models.places import base_of_adapter, resolved
 from klkit.models.places import locate as locate
 from klkit.models.places import packaged_names as packaged_names

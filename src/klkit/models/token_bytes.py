@@ -11,7 +11,8 @@ from torch import Tensor
 
 from klkit.models.automaton import Automaton
 from klkit.models.base import LanguageModel, VocabularyMismatch
-from klkit.models.tokenization import BYTE_OF
+from klkit.models.tokenization import BYTE_OF, special_ids
+from klkit.models.wrap import innermost
 
 WORD_MARK = "▁"
 PROBE = "It's 3.50 (naïve – 日本)\n  so it goes, 100%"
@@ -87,9 +88,7 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 
 def _automaton_spelling(model: LanguageModel) -> Callable[[int, str], bytes | None]:
-    inner: Any = model
-    while hasattr(inner, "base"):
-        inner = inner.base
+    inner = innermost(model)
     if not isinstance(inner, Automaton):
         raise VocabularyMismatch(
             f"expected a model with a tokenizer, or an automaton, got {type(inner).__name__} {model.name!r}: the "
@@ -109,8 +108,7 @@ def _tokenizer_spelling(tokenizer: Any, name: str) -> Callable[[int, str], bytes
     fallback = not byte_level and str(tokenizer.convert_tokens_to_string(["<0x41>"])) == "A"
     own = tokenizer.get_vocab()
     added = set(tokenizer.get_added_vocab().values())
-    special = set(tokenizer.all_special_ids)
-    special |= {i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
+    special = special_ids(tokenizer)
 
     def spell(i: int, token: str) -> bytes | None:
         if i in special or own.get(token) != i:

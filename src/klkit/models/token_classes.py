@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import unicodedata
-from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from klkit.models.base import LanguageModel
+from klkit.models.token_bytes import tokenizer_of
+from klkit.models.tokenization import special_ids
 from klkit.sequences import Sequences
 
 CLASSES = ("end", "special", "formatting", "digits", "whitespace", "content")
@@ -47,7 +48,8 @@ def token_classes(model: LanguageModel) -> Int[Tensor, " v"]:
         ['content', 'digits', 'formatting', 'whitespace', 'end']
     """
     vocabulary = model.vocabulary
-    ends, special = set(vocabulary.ends), special_ids(model)
+    tokenizer = tokenizer_of(model)
+    ends, special = set(vocabulary.ends), set() if tokenizer is None else special_ids(tokenizer)
     texts = model.pieces(range(vocabulary.size))
     kinds = [
         "end" if i in ends else "special" if token is None or i in special or not text else kind_of(text)
@@ -69,17 +71,6 @@ def kind_of(text: str) -> str:
         return "digits"
     marks = all(c.isspace() or unicodedata.category(c)[0] in "PS" or unicodedata.category(c) == "Cc" for c in text)
     return "formatting" if marks else "content"
-
-
-def special_ids(model: LanguageModel) -> set[int]:
-    """Ids that the tokenizer behind ``model``, under any transformations, declares special; none without tokenizer."""
-    inner: Any = model
-    while not hasattr(inner, "tokenizer") and hasattr(inner, "base"):
-        inner = inner.base
-    if not hasattr(inner, "tokenizer"):
-        return set()
-    added = getattr(inner.tokenizer, "added_tokens_decoder", {})
-    return set(inner.tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
 
 
 def decision_classes(x: Sequences, classes: Int[Tensor, " v"], *, first: bool = True) -> Int[Tensor, " m"]:

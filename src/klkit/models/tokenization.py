@@ -13,6 +13,12 @@ from klkit.models.base import Vocabulary
 from klkit.sequences import Content
 
 
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids that a tokenizer declares special: roles, padding, ends; those that were added to it as such among them."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+
+
 def token_strings(tokenizer: Any, size: int) -> tuple[str | None, ...]:
     """The string of each of ``size`` ids; None where the tokenizer defines none (rows of padding).
 

@@ -180,6 +180,12 @@ def innermost(model: Named) -> Any:
     return inner
 
 
+def model_digest(model: Named) -> str:
+    """What tells one model's laws from another's: the digest of its weights, or its name, and what was done to it."""
+    inner: Any = innermost(model)
+    return str(getattr(inner, "digest", inner.name)) + transformations(model)
+
+
 def temperature(model: LanguageModel, t: float) -> Transformed:
     """The model sampled at temperature ``t``: ``p_t(a) ∝ p(a)^(1/t)`` at every decision.
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from klkit.caches.sizes import readable
 from klkit.files import write_text
+from klkit.ranking import gaps
 from klkit.report.html import number, page
-from klkit.report.ranking_plots import differences, pareto_figure, ranking_figure
+from klkit.report.ranking_plots import pareto_figure, ranking_figure
 from klkit.report.record import REPORT, RESULT, disk_errors
 from klkit.report.text import printable
 from klkit.results import ESTIMANDS
@@ -76,11 +77,12 @@ def size_text(size: Mapping[str, Any]) -> str:
 
 def rows_of(result: Mapping[str, Any]) -> list[dict[str, str]]:
     """The table of a ranking: one row a candidate, every cell as text."""
-    best = result["candidates"][0]["name"]
+    less_closest = gaps(result, result["candidates"][0]["name"])
+    compared = [name for name, _ in beside(result)]
     rows = []
     for row in result["candidates"]:
         head, companions = row["result"]["headline"], row["result"]["companions"]
-        gap = differences(result, row["name"], best)
+        gap = less_closest.get(row["name"])
         rows.append(
             {
                 "rank": place(row),
@@ -88,14 +90,14 @@ def rows_of(result: Mapping[str, Any]) -> list[dict[str, str]]:
                 "value": number(head["value"]),
                 "interval": interval(head["ci"]),
                 "per_token": number(row["per_token"]["value"]),
-                "gap": "" if gap is None else f"{number(gap[0])} ({number(gap[1])} to {number(gap[2])})",
+                "gap": "" if gap is None else f"{number(gap.difference)} ({interval(gap._asdict())})",
                 "top": f"{100 * float(companions['same_top']['value']):.1f} %",
                 "variation": number(companions["total_variation"]["value"]),
                 "size": size_text(row["size"]),
                 "floor": row["against_floor"]["verdict"],
                 "reverse": "" if row["reverse"] is None else number(row["reverse"]["value"]),
                 "reverse_interval": "" if row["reverse"] is None else interval(row["reverse"]["ci"]),
-                "companions": [number(companions[name]["value"]) for name, _ in beside(result)],
+                "companions": [number(companions[name]["value"]) for name in compared],
                 "audit": "passed" if row["result"]["audit"]["passed"] else "FAILED",
             }
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from klkit.ranking import gaps
 from klkit.report.plots import BLUE, GREY, ORANGE, _figure
 from klkit.results import ESTIMANDS
 
@@ -17,15 +18,15 @@ def ranking_figure(result: Mapping[str, Any]) -> str:
     """Each candidate's divergence with its interval, and beside it its paired difference to the closest."""
     rows = result["candidates"]
     best = rows[0]["name"]
-    gaps = [differences(result, row["name"], best) for row in rows]
+    less_closest = gaps(result, best)
     with _figure(8.4, 0.9 + 0.3 * len(rows), columns=2) as canvas:
         left, right = canvas.panels
-        for place, (row, gap) in enumerate(zip(rows, gaps, strict=True)):
+        for place, row in enumerate(rows):
             y = len(rows) - 1 - place
             head = row["result"]["headline"]
             bar(left, y, float(head["value"]), float(head["ci"]["lower"]), float(head["ci"]["upper"]), BLUE)
-            if gap is not None:
-                bar(right, y, *gap, GREY if row["rank_first"] == 1 else BLUE)
+            if (gap := less_closest.get(row["name"])) is not None:
+                bar(right, y, gap.difference, gap.lower, gap.upper, GREY if row["rank_first"] == 1 else BLUE)
         names = [row["name"] for row in reversed(rows)]
         left.set_yticks(range(len(rows)), [name if len(name) < 34 else name[:31] + "…" for name in names])
         right.set_yticks(range(len(rows)), [""] * len(rows))
@@ -43,23 +44,6 @@ def bar(axes: Any, y: int, value: float, lower: float, upper: float, colour: str
         axes.plot([lower, upper], [y, y], color=colour, lw=2.0, solid_capstyle="round")
     if np.isfinite(value):
         axes.plot([value], [y], "o", color=colour, ms=5)
-
-
-def differences(result: Mapping[str, Any], name: str, other: str) -> tuple[float, float, float] | None:
-    """``name`` less ``other``: the paired difference with its interval, or None.
-
-    Example:
-        >>> pair = {"first": "a", "second": "b", "difference": 1.0, "lower": 0.5, "upper": 2.0}
-        >>> differences({"pairs": [pair]}, "b", "a")
-        (-1.0, -2.0, -0.5)
-    """
-    for pair in result["pairs"]:
-        value = float(pair["difference"]), float(pair["lower"]), float(pair["upper"])
-        if (pair["first"], pair["second"]) == (name, other):
-            return value
-        if (pair["first"], pair["second"]) == (other, name):
-            return -value[0], -value[2], -value[1]
-    return None
 
 
 def pareto_figure(result: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ PASS, FAIL, UNDECIDED = "pass", "fail", "undecided"
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Whether an estimate is within a limit, with an error of at most ``1 − level`` either way.
+    """Whether an estimate is within a limit, with a nominal error of ``1 − level`` either way.
 
     Attributes:
         verdict: ``"pass"``, ``"fail"`` or ``"undecided"``.

@@ -102,6 +102,24 @@ def ratio_stderr(totals: NDArray[np.float64], weights: NDArray[np.float64]) -> f
     return float(np.sqrt(clusters / (clusters - 1) * np.sum(residuals**2)) / weights.sum())
 
 
+def clustered_ratio(
+    contributions: NDArray[np.float64], weights: NDArray[np.float64], cluster: NDArray[np.int64]
+) -> tuple[float, float]:
+    """``Σ contributions / Σ weights``, and its standard error between clusters.
+
+    Args:
+        contributions: of each string, ``(n,)``.
+        weights: what each counts for, ``(n,)``.
+        cluster: the independent unit of each, ``(n,)``.
+
+    Example:
+        >>> clustered_ratio(np.array([1.0, 3.0]), np.ones(2), np.arange(2))
+        (2.0, 1.0)
+    """
+    totals, sizes = cluster_totals(contributions, weights, cluster)
+    return float(totals.sum() / sizes.sum()), ratio_stderr(totals, sizes)
+
+
 def ratio_interval(
     totals: NDArray[np.float64],
     weights: NDArray[np.float64],

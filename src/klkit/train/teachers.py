@@ -13,6 +13,7 @@ from torch import Tensor
 from klkit.caches.cache import TeacherCache
 from klkit.divergences.linear import Head
 from klkit.divergences.partial import Hidden, Hybrid, Logits, Sampled, TopK
+from klkit.models.align import differing
 from klkit.models.base import Vocabulary, VocabularyMismatch, head_of
 from klkit.objectives.distill import Student
 from klkit.objectives.distill_losses import CROSS_ENTROPY, token_loss
@@ -126,8 +127,7 @@ def shared_tokens(teacher: HuggingFaceModel, student: HuggingFaceModel) -> tuple
         VocabularyMismatch: an id stands for different strings in the two models.
     """
     p, q = teacher.vocabulary, student.vocabulary
-    pairs = zip(p.tokens, q.tokens, strict=False)
-    wrong = [(i, a, b) for i, (a, b) in enumerate(pairs) if a is not None and b is not None and a != b]
+    wrong = differing(p.tokens, q.tokens)
     if wrong:
         i, a, b = wrong[0]
         raise VocabularyMismatch(

@@ -43,7 +43,7 @@ VARIABLE = "KLKIT_BACKEND"
 SAVED = 8e-9
 """Seconds that the native kernels save a position (one entry of both rows) on two cores, at the least."""
 
-LOADING, COMPILING = 1.0, 8.0
+LOADING, COMPILING = 0.6, 4.0
 """Seconds it takes to import numba and its cached kernels, and to compile them for the first time."""
 
 
