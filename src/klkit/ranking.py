@@ -68,7 +68,7 @@ def gaps(ranking: Mapping[str, Any], other: str) -> dict[str, Gap]:
             if pair["second"] == other:
                 found[pair["first"]] = Gap(value, error, lower, upper, *rest)
             else:
-                found[pair["second"]] = Gap(-value, error, -upper, -lower, *rest)
+                found[pair["second"]] = Gap(0.0 - value, error, 0.0 - upper, 0.0 - lower, *rest)  # no minus 0
     return found
 
 

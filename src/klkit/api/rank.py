@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -39,6 +40,7 @@ def rank_entries(
 def said(entries: Sequence[Entry]) -> list[str]:
     """What must be told of some candidates beside the numbers."""
     found = []
+    holders = Counter(note for entry in entries for note in set(entry.result.notes))
     for entry in entries:
         if entry.floor["verdict"] == "at the floor":
             found.append(
@@ -47,11 +49,10 @@ def said(entries: Sequence[Entry]) -> list[str]:
             )
         if entry.result.headline.infinite:
             found.append(f"{entry.name} excludes tokens that p allows at {entry.result.headline.infinite} decisions")
-        own = set(entry.result.notes)
-        others = [set(other.result.notes) for other in entries if other is not entry]
-        found += [f"{entry.name}: {note}" for note in entry.result.notes if note in own - set().union(*others)]
-    shared = set.intersection(*(set(entry.result.notes) for entry in entries)) if len(entries) > 1 else set()
-    return [note for note in entries[0].result.notes if note in shared] + found
+        own = [note for note in entry.result.notes if holders[note] == 1]
+        found += [f"{entry.name}: {note.removeprefix(f'{entry.name}: ')}" for note in own]
+    shared = [note for note in entries[0].result.notes if holders[note] == len(entries) > 1]
+    return shared + found
 
 
 def say(ranking: Ranking) -> str:
