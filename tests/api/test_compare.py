@@ -3,6 +3,7 @@
 import json
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from klkit.api import candidates, material
 from klkit.api.candidates import Candidate
 from klkit.api.compare import compare_models
 from klkit.api.compare_settings import CompareSettings
+from klkit.api.rank import said
 from klkit.api.run import measure
 from klkit.api.settings import Settings
 from klkit.caches.recorded import RecordedModel
@@ -417,3 +419,16 @@ def test_options_that_mean_nothing_are_refused(options, expected):
 def test_settings_survive_a_round_trip():
     one = CompareSettings.from_mapping({"p": "p", "candidates": ["a", "b"], "both": True, "seed": 4})
     assert CompareSettings.from_mapping(one.to_dict()) == one
+
+
+def test_notes_of_some_candidates_are_told_with_their_names():
+    p, qs = automata(3)
+    given = [("all", "two"), ("all", "two", f"{qs[1].name}: one"), ("all",)]
+    ranking = compare_models(p, waiting(qs), settings(qs, samples=20))
+    entries = [
+        replace(entry, result=replace(entry.result, notes=notes))
+        for entry, notes in zip(ranking.entries, given, strict=True)
+    ]
+    first, second, _ = (q.name for q in qs)
+    assert said(entries) == ["all", f"{first}: two", f"{second}: two", f"{second}: one"]
+    assert said(entries[1:2]) == [f"{second}: all", f"{second}: two", f"{second}: one"]

@@ -17,6 +17,7 @@ from klkit.integrations import engine, vllm
 from klkit.models.automaton import coin, random_automaton
 from klkit.models.spec import load, locate
 from klkit.rng import stream
+from klkit.sampling.importance import from_policy
 
 PAIR = ("klkit:docs-tuned", "klkit:docs")
 SMALL = ["--samples", "40", "--max-tokens", "8", "--batch-size", "8"]
@@ -216,3 +217,13 @@ def test_verdicts_follow_the_precision(precision):
     own = audit(score(p, coin(end=0.25), x), precision=precision)
     assert "engine_mismatch" not in own.to_dict()["checks"]  # an older policy is no engine
     assert torch.isfinite(x.sampler_logp).all()
+
+
+def test_strings_may_be_named_by_whoever_draws_them():
+    def nameless(mu, contexts, *, max_tokens, seed, **_):
+        return from_policy(mu, contexts, max_tokens=max_tokens, seed=seed)
+
+    p, q = coin(end=0.5), coin(end=0.25)
+    result = klkit.estimate(p, q, samples=40, max_tokens=12, sampler="vllm", draw=nameless)
+    assert result.headline.n == 40
+    assert result.headline.interval().lower < exact(p, q, max_tokens=12).value < result.headline.interval().upper

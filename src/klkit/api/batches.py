@@ -46,7 +46,9 @@ def one_batch(
     else:
         x, first = given, p.encode(given)
         hidden_p = first
-    hidden_q = hidden_p if q is p else q.encode(x.after([plan.contexts_q[i] for i in x.prompt.tolist()]))
+    # By the plan: whoever else drew the strings may have named them otherwise.
+    theirs = [plan.contexts_q[prompt] for prompt, _ in plan.slice(start, start + size)]
+    hidden_q = hidden_p if q is p else q.encode(x.after(theirs))
     shown = torch.arange(max(0, min(len(x), SHOWN_STRINGS - start)))
     checked = torch.arange(max(0, min(len(x), FLOOR_STRINGS - start)) if floor else 0)
     best = MostProbable(torch.isin(x.row(), shown), min(SHOWN_TOKENS, p.vocabulary.size))

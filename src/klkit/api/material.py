@@ -227,9 +227,12 @@ def recorded_material(p: RecordedModel, settings: CompareSettings) -> Material:
 def with_backend(material: Material, p: LanguageModel, candidates: int, processes: Processes) -> Material:
     """The same, with kernels for the whole comparison: half of the responses' room is an average guess.
 
-    One choice for all processes: what has been compiled before may differ between machines.
+    One choice for all processes: what has been compiled before may differ between machines. Parts of laws have no use
+    for kernels.
     """
     reference = material.reference
+    if material.facts["recording"]["kind"] != HIDDEN:
+        return material
     room = candidates * reference.count * int(material.facts["max_tokens"]) * p.vocabulary.size // 2
     backend = processes.by_first(lambda: backends.choose(room, dtype=p.dtype))
     return replace(material, reference=replace(reference, backend=backend))

@@ -49,7 +49,7 @@ def said(entries: Sequence[Entry]) -> list[str]:
             )
         if entry.result.headline.infinite:
             found.append(f"{entry.name} excludes tokens that p allows at {entry.result.headline.infinite} decisions")
-        own = [note for note in entry.result.notes if holders[note] == 1]
+        own = [note for note in entry.result.notes if holders[note] < len(entries) or len(entries) == 1]
         found += [f"{entry.name}: {note.removeprefix(f'{entry.name}: ')}" for note in own]
     shared = [note for note in entries[0].result.notes if holders[note] == len(entries) > 1]
     return shared + found

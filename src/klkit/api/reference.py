@@ -161,7 +161,7 @@ class Reference:
         size: strings a batch.
         draw: draws or reads the batch that begins with a string, of so many strings, with kernels of a name.
         store: where batches are kept.
-        backend: kernels that laws are reduced with, the same for all batches and candidates.
+        backend: kernels that whole laws are reduced with, the same for all batches and candidates of a call.
     """
 
     count: int

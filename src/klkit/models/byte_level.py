@@ -99,7 +99,7 @@ class ByteLevel:
 
     @property
     def digest(self) -> str:
-        """The token-level model's digest, or its name, and what was done to its laws."""
+        """The digest or name of the token-level model, and what was done to it; not which tokenisations are kept."""
         return model_digest(self.tokenwise)
 
     @property

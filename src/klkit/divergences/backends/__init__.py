@@ -40,7 +40,7 @@ BACKENDS = ("eager", "native", "inductor")
 
 VARIABLE = "KLKIT_BACKEND"
 
-SAVED = 8e-9
+SAVED = 4e-9
 """Seconds that the native kernels save a position (one entry of both rows) on two cores, at the least."""
 
 LOADING, COMPILING = 0.6, 4.0
