@@ -279,7 +279,8 @@ def publish_material(material: Material, p: LanguageModel) -> None:
     strings = Sequences.cat(drawn)
     limit = None if material.plan is None else material.plan.max_tokens
     recording = Recording(**material.facts["recording"])
-    publish(store.path, p, strings, parts, recording, max_tokens=limit, features=material.features)
+    size = int(material.facts["size"])
+    publish(store.path, p, strings, parts, recording, size=size, max_tokens=limit, features=material.features)
 
 
 def size_on_disk(material: Material, p: LanguageModel) -> CacheSize:

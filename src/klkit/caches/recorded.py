@@ -41,6 +41,7 @@ def publish(
     parts: Sequence[Part],
     recording: Recording,
     *,
+    size: int,
     max_tokens: int | None = None,
     features: Float[Tensor, "v f"] | None = None,
 ) -> None:
@@ -48,6 +49,7 @@ def publish(
 
     Args:
         recording: how its laws were recorded.
+        size: ids that they are over.
 
     Raises:
         CacheError: a shard is missing, or the disk refuses.
@@ -77,7 +79,7 @@ def publish(
         teacher=Teacher.of(model),
         data=Data.of(strings, max_tokens),
         recording=recording,
-        size=model.vocabulary.size,
+        size=size,
         width=model.width,
         head=head,
         parts=tuple(parts),
