@@ -29,7 +29,7 @@ from klkit.api.rounds import in_rounds
 from klkit.api.run import TOKEN_FEATURES, shortest
 from klkit.api.strings import resolve_batch_size
 from klkit.api.text import Windows, cut
-from klkit.caches.build import PROBED, rows_with_mass
+from klkit.caches.build import PROBED, size_of_laws
 from klkit.caches.manifest import MANIFEST
 from klkit.caches.recorded import RecordedModel, publish
 from klkit.caches.recording import HIDDEN, Recording
@@ -110,7 +110,6 @@ def gather_material(
     env = environment(common, p=p)
     recording = settings.recording(p.vocabulary.size)
     contents: Sequence[Any] = prompts.contents if prompts is not None else (None,)
-    size_of_laws = p.vocabulary.size
     plan: Plan | None = None
     windows: Windows | None = None
     if documents is not None:
@@ -118,30 +117,26 @@ def gather_material(
         given, notes = windows.x, windows.notes
         parts = [given.tokens[i, : int(stop)] for i, stop in enumerate(given.stop)]
         env["contexts"] = ids_digest([*parts, given.start, given.cluster])  # and where scoring begins
-        if recording.kind != HIDDEN:
-            size_of_laws = rows_with_mass(p, [given.context(i) for i in range(min(len(given), PROBED))])
+        laws = size_of_laws(p, recording, [given.context(i) for i in range(min(len(given), PROBED))])
         count, most = len(given), int(given.lengths.max())
         size = common.batch_size if isinstance(common.batch_size, int) else TEXT_BATCH
-        make = lambda start, some, _backend: given_batch(p, given, start, some, recording, size_of_laws)  # noqa: E731
+        make = lambda start, some, _backend: given_batch(p, given, start, some, recording, laws)  # noqa: E731
     else:
         plan, notes = make_plan(Pair(p, p, ()), common, prompts)
         env["contexts"] = contexts_digest(plan)
-        if recording.kind != HIDDEN:
-            size_of_laws = rows_with_mass(p, plan.contexts_p[:PROBED])
+        laws = size_of_laws(p, recording, plan.contexts_p[:PROBED])
         count, most, drawn = plan.total, plan.max_tokens, plan
         size = resolve_batch_size(p, plan, common.batch_size)
 
         def make(start: int, some: int, backend: str) -> ReferenceBatch:
-            return sampled_batch(
-                p, drawn, start, some, recording, size_of_laws, floor=common.floor != "none", backend=backend
-            )
+            return sampled_batch(p, drawn, start, some, recording, laws, floor=common.floor != "none", backend=backend)
 
     facts = {
         "kind": "sampled" if plan is not None else "text",
         "model": {name: value for name, value in env["models"]["p"].items() if name != "name"},
         "contexts": env["contexts"],
         "recording": recording.options(),
-        "size": size_of_laws,
+        "size": laws,
         "strings": count,
         "batch": size,
         "samples": None if plan is None else plan.samples,
@@ -163,9 +158,10 @@ def portable(contents: Sequence[Any]) -> list[Any] | None:
     """Prompts as JSON has them; None where one cannot be kept so."""
     found = [{"ids": content.tolist()} if isinstance(content, torch.Tensor) else content for content in contents]
     try:
-        return list(json.loads(json.dumps(found)))
+        json.dumps(found)
     except TypeError:
         return None
+    return found
 
 
 def restored(contents: list[Any] | None) -> list[Any] | None:
@@ -286,10 +282,11 @@ def publish_material(material: Material, p: LanguageModel) -> None:
 def size_on_disk(material: Material, p: LanguageModel) -> CacheSize:
     """What is kept of ``p``'s laws, at most: strings that end early take less."""
     plan, windows, reference = material.plan, material.windows, material.reference
-    decisions = reference.count * plan.max_tokens if plan is not None else windows.x.decisions if windows else 0
-    read = reference.count * max(map(len, plan.contexts_p)) if plan is not None else 0
-    if windows is not None:
-        read = int(windows.x.start.sum())
+    decisions = read = 0
+    if plan is not None:
+        decisions, read = reference.count * plan.max_tokens, reference.count * max(map(len, plan.contexts_p))
+    elif windows is not None:
+        decisions, read = windows.x.decisions, int(windows.x.start.sum())
     head = head_of(p)
     size = cache_size(
         Recording(**material.facts["recording"]),

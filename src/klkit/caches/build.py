@@ -166,23 +166,21 @@ def _plan(
         teacher=Teacher.of(teacher),
         data=Data.of(strings, max_tokens),
         recording=recording,
-        size=teacher.vocabulary.size
-        if recording.kind == HIDDEN
-        else rows_with_mass(teacher, [strings.context(i) for i in range(min(PROBED, len(strings)))]),
+        size=size_of_laws(teacher, recording, [strings.context(i) for i in range(min(PROBED, len(strings)))]),
         width=teacher.width,
         head=None,
         parts=tuple(parts_of(strings.lengths.tolist(), decision_bytes, shard_bytes)),
     )
 
 
-def rows_with_mass(teacher: LanguageModel, contexts: Sequence[Tensor]) -> int:
-    """Ids that parts of laws are taken over: without padding rows of the table, where these carry no mass.
+def size_of_laws(teacher: LanguageModel, recording: Recording, contexts: Sequence[Tensor]) -> int:
+    """Ids that laws are over: of parts of them, without padding rows of the table, where these carry no mass.
 
     Args:
         contexts: at whose first decision the mass is measured.
     """
     size, used = teacher.vocabulary.size, named(teacher)
-    if used == size:
+    if recording.kind == HIDDEN or used == size:
         return size
     hidden = teacher.begin(contexts)[1]
     unused = teacher.readout(hidden)[:, used:].exp().sum(-1)
