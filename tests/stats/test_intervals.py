@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from klkit.stats import intervals
-from klkit.stats.intervals import cluster_totals, ratio_interval, ratio_stderr, studentised
+from klkit.stats.intervals import cluster_totals, ratio_interval, ratio_stderr, resamples, studentised
 
 
 def draws(n, seed=0, sd=1.0):
@@ -70,14 +70,15 @@ def test_studentised_resamples_are_those_of_a_plain_loop(monkeypatch):
     weights = generator.geometric(0.2, size=23).astype(float)
     totals = draws(23) * weights
     residuals = totals - totals.sum() / weights.sum() * weights
-    fast = studentised(residuals, weights, np.random.default_rng(5))
+    fast = studentised(residuals, weights, resamples(23, np.random.default_rng(5)))
     drawn = np.random.default_rng(5)
     for t in fast[:200]:
         i = drawn.integers(23, size=23)
         shift = totals[i].sum() / weights[i].sum() - totals.sum() / weights.sum()
         assert t == pytest.approx(shift / ratio_stderr(totals[i], weights[i]), rel=1e-9)
     monkeypatch.setattr(intervals, "CHUNK", 100)  # four resamples at a time: same draws, same answer
-    np.testing.assert_allclose(studentised(residuals, weights, np.random.default_rng(5)), fast, rtol=1e-9)
+    again = studentised(residuals, weights, resamples(23, np.random.default_rng(5)))
+    np.testing.assert_allclose(again, fast, rtol=1e-9)
 
 
 def test_bootstrap_t_leans_to_the_long_tail_and_is_reproducible():

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from klkit.results import NATS_PER_BIT, plain
-from klkit.stats.intervals import cluster_totals, clustered_ratio, ratio_stderr
+from klkit.stats.intervals import clustered_ratio
 
 SCHEMA = "klkit.approximation/1"
 MEANING = (
@@ -274,5 +274,5 @@ def rejected(gap: Array, accepted: NDArray[np.bool_], cluster: NDArray[np.int64]
     if not math.isfinite(mean):
         return Reading(mean, math.nan)
     slope = np.where(accepted, gap - mean, 0.0) - (accepted - share)
-    spread = ratio_stderr(*cluster_totals(slope / share, np.ones(len(gap)), cluster))
+    _, spread = clustered_ratio(slope / share, np.ones(len(gap)), cluster)
     return Reading(mean - math.log(share), spread)

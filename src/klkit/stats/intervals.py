@@ -168,7 +168,7 @@ def ratio_interval(
         half = student_quantile((1 + level) / 2, clusters - 1) * stderr
         return Interval(level, value - half, value + half, "t")
     drawn = repeatable(clusters, seed) if clusters < STUDENT_FROM else resamples(clusters, np.random.default_rng(seed))
-    deviates = np.sort(deviates_of(residuals, weights, drawn))
+    deviates = np.sort(studentised(residuals, weights, drawn))
     rank = max(1, int((RESAMPLES + 1) * (1 - level) / 2 + 1e-9))
     lower, upper = value - float(deviates[-rank]) * stderr, value - float(deviates[rank - 1]) * stderr
     bounded = np.isfinite([lower, upper]).all()
@@ -176,23 +176,21 @@ def ratio_interval(
 
 
 def studentised(
-    residuals: NDArray[np.float64], weights: NDArray[np.float64], generator: np.random.Generator
+    residuals: NDArray[np.float64], weights: NDArray[np.float64], drawn: Iterable[NDArray[Any]]
 ) -> NDArray[np.float64]:
     """``t* = (R* − R)/se*`` of resamples of whole clusters, where ``residual = total − R·weight``.
 
-    Shapes: two of ``(c,)`` to ``(1999,)``. A resample without variance says only on which side it fell: its
-    deviate is infinite with that sign. It can thus widen an interval, never narrow it.
+    A resample without variance says only on which side it fell: its deviate is infinite with that sign. It can thus
+    widen an interval, never narrow it.
+
+    Args:
+        drawn: how often each cluster is in each resample, arrays ``(some, c)``.
+
+    Shapes: two of ``(c,)``, and ``r`` resamples, to ``(r,)``.
 
     Source: B. Efron and R. Tibshirani, An Introduction to the Bootstrap (1993), section 12.5; P. Hall,
     Theoretical comparison of bootstrap confidence intervals, Annals of Statistics 16 (1988).
     """
-    return deviates_of(residuals, weights, resamples(len(residuals), generator))
-
-
-def deviates_of(
-    residuals: NDArray[np.float64], weights: NDArray[np.float64], drawn: Iterable[NDArray[Any]]
-) -> NDArray[np.float64]:
-    """:func:`studentised` of given resamples: how often each cluster is in each, ``(some, c)`` at a time."""
     clusters = len(residuals)
     products = np.stack([residuals, weights, residuals**2, residuals * weights, weights**2], axis=1)
     e, w, ee, ew, ww = np.concatenate([counts @ products for counts in drawn]).T
