@@ -27,7 +27,7 @@ from klkit.estimators.statistics import collect
 from klkit.models.base import LanguageModel
 from klkit.models.wrap import innermost
 from klkit.numerics import give_back_memory
-from klkit.report.record import RunFolder, RunFolderError
+from klkit.report.record import CONFIG, RunFolder, RunFolderError
 from klkit.report.shards import Batch
 from klkit.train.processes import Processes
 
@@ -191,6 +191,11 @@ def require_room(
             f"expected candidates that can read {longest} tokens of prompt and {plan.max_tokens} of response, got "
             f"{name} with a window of {window}; {remedy}, or leave it out"
         )
+
+
+def candidates_of(run: Path) -> list[str]:
+    """Names of the candidates that the run in a folder was asked for; none where no run has begun."""
+    return RunFolder(run).config().get("candidates") or [] if (run / CONFIG).is_file() else []
 
 
 def folder_of(root: Path, name: str) -> Path:

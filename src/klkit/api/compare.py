@@ -16,6 +16,7 @@ from klkit.api.assemble import from_strings, from_text
 from klkit.api.batches import SHOWN_STRINGS, floor_of
 from klkit.api.candidates import (
     Candidate,
+    candidates_of,
     contexts_of,
     folder_of,
     require_room,
@@ -52,7 +53,7 @@ from klkit.models.wrap import temperature
 from klkit.ranking import Entry, Ranking
 from klkit.report.html import write_report
 from klkit.report.ranking import write_ranking
-from klkit.report.record import CONFIG, FROM_Q, RESULT, RunFolder
+from klkit.report.record import FROM_Q, RESULT, RunFolder
 from klkit.results import Comparison
 from klkit.sequences import Prompts
 from klkit.train.processes import Processes
@@ -180,8 +181,9 @@ def one_candidate(contest: Contest, candidate: Candidate, spec: str) -> Entry:
             contexts_q = None
             if material.plan is not None and material.contents is not None:
                 contexts_q = contexts_of(pair.q, material.contents, material.plan.contexts_p)
-                differing = context_note(material.plan.contexts_p, contexts_q or material.plan.contexts_p)
-                pair = replace(pair, notes=(*pair.notes, *([] if differing is None else [differing])))
+                if contexts_q is not None:
+                    differing = context_note(material.plan.contexts_p, contexts_q)
+                    pair = replace(pair, notes=(*pair.notes, *filter(None, [differing])))
             require_room(candidate.name, pair.q.window, material.plan, material.windows, contexts_q)
             return pair, env, contexts_q
 
@@ -258,10 +260,9 @@ def require_all(candidates: Sequence[Candidate], out: Path | None, resume: bool)
     Raises:
         ValueError: some are missing.
     """
-    if not (resume and out is not None and (out / CONFIG).is_file()):
-        return
     names = {candidate.name for candidate in candidates}
-    missing = [name for name in RunFolder(out).config().get("candidates") or [] if name not in names]
+    before = candidates_of(out) if resume and out is not None else []
+    missing = [name for name in before if name not in names]
     if missing:
         raise ValueError(
             f"expected all candidates of the run in {out} to continue it, got none of {', '.join(missing)}; name them "
@@ -282,14 +283,17 @@ def other_floor(
     p: LanguageModel, material: Material, settings: Settings, wide: Callable[[], LanguageModel] | None
 ) -> Tensor | None:
     """The floor of the first strings with noise after every layer, or against fp32; None for that of batch shapes."""
-    if material.plan is None or settings.floor not in ("noise", "dtype"):
+    if material.plan is None:
+        return None
+    if settings.floor == "noise":
+        other: LanguageModel = with_rounding_noise(p, seed=settings.seed)
+    elif settings.floor == "dtype" and wide is not None:
+        loaded = wide()
+        other = prepare(loaded, loaded, settings).p
+    else:
         return None
     x = material.reference.store.get(0).x
-    few = x.select(torch.arange(min(len(x), FLOOR_STRINGS)))
-    if settings.floor == "noise":
-        return floor_of(with_rounding_noise(p, seed=settings.seed), p, few)
-    assert wide is not None
-    return floor_of(prepare(one := wide(), one, settings).p, p, few)
+    return floor_of(other, p, x.select(torch.arange(min(len(x), FLOOR_STRINGS))))
 
 
 def other_direction(

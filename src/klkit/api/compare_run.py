@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from klkit.api.candidates import Candidate
+from klkit.api.candidates import Candidate, candidates_of
 from klkit.api.compare import compare_models
 from klkit.api.compare_settings import CompareSettings
 from klkit.api.material import Observer
@@ -26,13 +27,14 @@ from klkit.models.sizes import weight_size
 from klkit.models.spec import ModelSpec, load, locate
 from klkit.models.tokenization import token_strings
 from klkit.ranking import Ranking
-from klkit.report.record import CONFIG, RunFolder
 from klkit.sequences import Prompts
 from klkit.train.processes import Processes
 
 CACHE = "cache:"
-DRAWING = ("prompts", "group_column", "text", "context", "samples", "max_tokens", "temperature", "seed")
-"""Options of drawing strings: those of a recorded reference were drawn."""
+DRAWING = (
+    "prompts", "group_column", "text", "context", "samples", "max_tokens", "temperature", "seed", "floor", "batch_size",
+)  # fmt: skip
+"""Options of drawing strings and asking p: those of a recorded reference were drawn, and it is not there."""
 
 
 def run_compare(
@@ -69,17 +71,20 @@ def run_compare(
         documents = documents_of(common)
         specs = [spec_of(common, settings.pair(i).q, processes) for i in range(len(settings.candidates))]
 
-        def candidates_of(opened: Callable[[ModelSpec, str], AbstractContextManager[LanguageModel]]) -> list[Candidate]:
-            return [waiting(opened, spec, name) for spec, name in zip(specs, settings.candidates, strict=True)]
+        def waiting(opened: Callable[[ModelSpec, str], AbstractContextManager[LanguageModel]]) -> list[Candidate]:
+            return [
+                Candidate(name, partial(opened, spec, name), partial(size_of, spec=spec), read_window(spec))
+                for spec, name in zip(specs, settings.candidates, strict=True)
+            ]
 
         if common.p.startswith(CACHE):
             require_nothing_drawn(settings)
             p: LanguageModel = RecordedModel.open(common.p.removeprefix(CACHE))
-            return {"p": p, "candidates": candidates_of(lambda spec, name: nullcontext(load_one(spec, name)))}
+            return {"p": p, "candidates": waiting(lambda spec, name: nullcontext(load_one(spec, name)))}
         mine = spec_of(common, common.p, processes)
         require_one_tokenizer(mine, specs, settings)
         family = Family(mine, common.p)
-        candidates = candidates_of(family.candidate)
+        candidates = waiting(family.candidate)
         named = with_defaults(common, common.p, processes)
         wide = (lambda: load(named, dtype="float32")) if common.floor == "dtype" else None
         found = {"prompts": given, "documents": documents, "wide": wide}
@@ -106,10 +111,7 @@ def settings_resolved(settings: CompareSettings, *, given: bool) -> CompareSetti
 
 def with_those_of(settings: CompareSettings, out: Path) -> CompareSettings:
     """The settings with the candidates that the run in ``out`` has: new ones join them."""
-    if not (out / CONFIG).is_file():
-        return settings
-    before = RunFolder(out).config().get("candidates") or []
-    candidates = tuple(dict.fromkeys((*before, *settings.candidates)))
+    candidates = tuple(dict.fromkeys((*candidates_of(out), *settings.candidates)))
     return replace(settings, common=replace(settings.common, q=candidates[0]), candidates=candidates)
 
 
@@ -121,13 +123,6 @@ def spec_of(settings: Settings, text: str, processes: Processes) -> ModelSpec:
             f"about those of p; a cache can stand for p alone"
         )
     return ModelSpec.parse(with_defaults(settings, text, processes))
-
-
-def waiting(
-    opened: Callable[[ModelSpec, str], AbstractContextManager[LanguageModel]], spec: ModelSpec, name: str
-) -> Candidate:
-    """A candidate that ``opened`` gives when its turn comes."""
-    return Candidate(name, lambda: opened(spec, name), lambda model: size_of(model, spec), read_window(spec))
 
 
 def size_of(model: LanguageModel, spec: ModelSpec) -> dict[str, Any]:
@@ -146,8 +141,6 @@ def require_nothing_drawn(settings: CompareSettings) -> None:
     given = [name for name in DRAWING if getattr(settings.common, name) != default[name]]
     given += [name for name in ("both", "cache", "cache_limit") if getattr(settings, name)]
     given += ["keep"] if settings.keep != HIDDEN else []
-    given += ["floor"] if settings.common.floor != default["floor"] else []
-    given += ["batch_size"] if settings.common.batch_size != default["batch_size"] else []
     if given:
         raise ValueError(
             f"expected only options that have an effect, got {', '.join(given)}, but the strings of "

@@ -41,6 +41,7 @@ def said(entries: Sequence[Entry]) -> list[str]:
     """What must be told of some candidates beside the numbers."""
     found = []
     holders = Counter(note for entry in entries for note in set(entry.result.notes))
+    common = {note for note, count in holders.items() if count == len(entries) > 1}
     for entry in entries:
         if entry.floor["verdict"] == "at the floor":
             found.append(
@@ -49,10 +50,9 @@ def said(entries: Sequence[Entry]) -> list[str]:
             )
         if entry.result.headline.infinite:
             found.append(f"{entry.name} excludes tokens that p allows at {entry.result.headline.infinite} decisions")
-        own = [note for note in entry.result.notes if holders[note] < len(entries) or len(entries) == 1]
+        own = [note for note in entry.result.notes if note not in common]
         found += [f"{entry.name}: {note.removeprefix(f'{entry.name}: ')}" for note in own]
-    shared = [note for note in entries[0].result.notes if holders[note] == len(entries) > 1]
-    return shared + found
+    return [note for note in entries[0].result.notes if note in common] + found
 
 
 def say(ranking: Ranking) -> str:
