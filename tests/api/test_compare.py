@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tests.api.test_run import Interrupter
 from tests.bank import INFINITE
 from tests.tiny import folder as tiny
 
@@ -129,16 +130,9 @@ def test_resumed_with_further_candidates(tmp_path):
 def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, left):
     p, qs = automata(2)
     whole = compare_models(p, waiting(qs), settings(qs, batch_size=30))
-    seen = []
-
-    def interrupt(stage):
-        seen.append(stage)
-        if len(seen) == 4 + left:
-            raise KeyboardInterrupt
-
     options = {"out": tmp_path / "run"}
     with pytest.raises(KeyboardInterrupt):
-        compare_models(p, waiting(qs), settings(qs, batch_size=30), observe=interrupt, **options)
+        compare_models(p, waiting(qs), settings(qs, batch_size=30), observe=Interrupter(4 + left), **options)
     again = compare_models(p, waiting(qs), settings(qs, batch_size=30), resume=True, **options)
     assert values(again) == values(whole)
     assert again.to_dict()["pairs"] == whole.to_dict()["pairs"]
@@ -294,6 +288,16 @@ def test_a_reference_is_kept_with_its_temperature_prompts_and_groups(tmp_path):
     assert any("temperature 1.5" in note for note in without.entries[0].result.notes)
 
 
+def test_vectors_and_head_of_a_reference_are_found_again(tmp_path):
+    p, *qs = (load(str(tiny("gpt2", seed=seed))) for seed in range(3))
+    few = {"samples": 12, "max_tokens": 8, "cache": str(tmp_path / "store")}
+    first = compare_models(p, waiting(qs[:1]), settings(qs[:1], **few))
+    asked = Counting(p)
+    again = compare_models(asked, waiting(qs), settings(qs, **few))
+    assert asked.begun == asked.encoded == 0
+    assert values(again)[qs[0].name] == values(first)[qs[0].name]
+
+
 def test_models_of_one_name_are_told_apart_by_what_they_say(tmp_path):
     p, qs = automata(2)
     store = {"cache": str(tmp_path / "store")}
@@ -307,15 +311,8 @@ def test_models_of_one_name_are_told_apart_by_what_they_say(tmp_path):
 def test_batches_of_another_size_do_not_shorten_a_resumed_run(tmp_path):
     p, qs = automata(1)
     whole = compare_models(p, waiting(qs), settings(qs, batch_size=30))
-    seen = []
-
-    def interrupt(stage):
-        seen.append(stage)
-        if len(seen) == 6:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        compare_models(p, waiting(qs), settings(qs, batch_size=30), out=tmp_path / "run", observe=interrupt)
+        compare_models(p, waiting(qs), settings(qs, batch_size=30), out=tmp_path / "run", observe=Interrupter(6))
     again = compare_models(p, waiting(qs), settings(qs, batch_size=50), out=tmp_path / "run", resume=True)
     assert again.entries[0].result.headline.n == 120
     assert values(again) == values(whole)

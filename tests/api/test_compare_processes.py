@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.api.test_rounds import at, launch, results
+from tests.api.test_rounds import at, notes_of_two, results
 from tests.api.test_run import Interrupter
 
 import klkit
@@ -38,11 +38,9 @@ def ran(tmp_path_factory):
     with at(folder):
         for name, options in CASES.items():
             klkit.compare(*MODELS, out=f"one/{name}", **options)
-        code = f"from tests.api.test_compare_processes import in_two; in_two({str(folder)!r})"
-        for status, _, error in launch(code, folder):
-            assert status == 0, error
+        noted = notes_of_two("tests.api.test_compare_processes", folder)
         klkit.compare(*MODELS, out="begun", resume=True, **CASES["strings"])
-        yield folder, [json.loads((folder / f"noted-{rank}.json").read_text()) for rank in range(2)]
+        yield folder, noted
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -154,6 +154,13 @@ def at(folder):
             torch.set_num_threads(threads)
 
 
+def notes_of_two(module, folder):
+    """What ``in_two`` of a module does in two processes, and what each of them noted."""
+    for code, _, error in launch(f"from {module} import in_two; in_two({str(folder)!r})", folder):
+        assert code == 0, error
+    return [json.loads((folder / f"noted-{rank}.json").read_text()) for rank in range(2)]
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """A folder in which one process and two have done the same."""
@@ -163,11 +170,9 @@ def ran(tmp_path_factory):
             klkit.estimate(*PAIR, out=f"one/{name}", **options)
         with pytest.raises(KeyboardInterrupt):
             klkit.estimate(*PAIR, out="begun by one", observe=Interrupter(3), **CASES["strings"])
-        for code, _, error in launch(f"from tests.api.test_rounds import in_two; in_two({str(folder)!r})", folder):
-            assert code == 0, error
+        noted = notes_of_two("tests.api.test_rounds", folder)
         for name in ("strings", "text"):
             klkit.estimate(*PAIR, out=f"begun by two {name}", resume=True, **CASES[name])
-        noted = [json.loads((folder / f"noted-{rank}.json").read_text()) for rank in range(2)]
         yield folder, noted
 
 

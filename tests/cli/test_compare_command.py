@@ -145,11 +145,11 @@ def test_until_halfwidth_stops_when_the_interval_is_narrow(run):
     assert head["n_sequences"] < 16384
 
 
-def test_plans_speak_in_prompts_minutes_and_disk(run):
+def test_plans_speak_in_prompts_minutes_and_tokens(run):
     code, out, err = run("plan", "klkit:docs", "klkit:docs-int4", "--rtol", "0.05", "--max-tokens", "6")
     assert code == 0, err
     assert re.search(r"KL\(p‖q\) per response to ± 0.05 of it at 95 % takes about [\d,]+ responses: ", flat(out))
-    assert " here, some " in flat(out)
+    assert re.search(r" here, some [\d,]+ tokens\. ", flat(out))
     code, out, err = run("plan", *MODELS, "--difference", "0.05", "--max-tokens", "6", "--json", "-")
     assert code == 0, err
     found = json.loads(out)

@@ -29,16 +29,16 @@ def adapters(tmp_path_factory, base):
 
 
 def storages_alive():
-    """Sizes of all parameters that are in memory, each storage once."""
+    """All parameters that are in memory, each storage once."""
     gc.collect()
-    return {p.data_ptr(): p.numel() for p in gc.get_objects() if type(p) is torch.nn.Parameter}
+    return {p.data_ptr(): p for p in gc.get_objects() if type(p) is torch.nn.Parameter}
 
 
 @pytest.fixture
 def parameters_alive():
     """Counts the numbers in all parameters that are in memory, but for what other tests have left there."""
-    before = storages_alive()
-    return lambda: sum(size for place, size in storages_alive().items() if place not in before)
+    before = storages_alive()  # and stays alive, so that nothing new takes the place of it
+    return lambda: sum(p.numel() for place, p in storages_alive().items() if place not in before)
 
 
 class TestReadOut:
