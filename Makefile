@@ -26,7 +26,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python tests/check_wheel.py
 
-# A quarter of an hour on a machine with nothing else to do; docs/performance.md then has the new tables.
+# About three quarters of an hour on a machine with nothing else to do; docs/performance.md then has the new tables.
 bench: $(PEERS)
 	for name in logits linear adaptive distill sampling pipeline compare trl_step; do \
 		$(BIN)/python benchmarks/$$name.py --patience 300 --json benchmarks/results/$$name.json || exit 1; \

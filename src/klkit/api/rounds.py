@@ -5,9 +5,9 @@ Results are told by their jobs and not by who did them, and every job is the sam
 yields the same sequence, in every process, and what is computed from it is the same everywhere.
 
 All results go to all processes, rather than sums of them: a merged sum depends on the order of its parts in the last
-digit, and control variates, resampling and stopping want strings, not sums. It is cheap. A decision of a batch is 16
-numbers and 16 features of 4 bytes and a token of 8, 136 bytes, so a batch of 64 strings of 512 tokens is 4.5 MB; with
-8 processes a round moves 36 MB between memories, a small part of a second, for seconds of forward passes. No process
+digit, and control variates, resampling and stopping want strings, not sums. It is cheap. A decision of a batch is 17
+numbers and 16 features of 4 bytes and a token of 8, 140 bytes, so a batch of 64 strings of 512 tokens is 4.6 MB; with
+8 processes a round moves 37 MB between memories, a small part of a second, for seconds of forward passes. No process
 keeps more of a batch than a single one does (:class:`klkit.api.gather.Gathered`).
 """
 
