@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -121,8 +122,16 @@ def peak_of(work: Callable[[], object]) -> float:
     before = int(resident.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     work()
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return max(0.0, (int(line.split()[1]) * 1024 - before) / MEBI)
+    return max(0.0, (peak_bytes() - before) / MEBI)
+
+
+def peak_bytes() -> int:
+    """Largest resident size of this process."""
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux ru_maxrss of a child starts from what its parent held
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def machine(threads: int) -> dict[str, object]:

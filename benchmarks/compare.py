@@ -14,13 +14,13 @@ candidate and for five, of separate checkpoints and of adapters on p; and of one
 
 from __future__ import annotations
 
-import subprocess
+import json
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from common import Table, begin, milliseconds, options, ratio, report, side_by_side
+from common import MEBI, Table, begin, milliseconds, options, peak_bytes, peak_memory, ratio, report, side_by_side
 
 import klkit
 from klkit.api.batches import batches_of
@@ -38,20 +38,6 @@ SAMPLING, PASS, COMPARE, FOLDER = (
     "klkit.compare, five candidates",
     "the same with folder and pages",
 )
-PEAK = r"""
-import re, sys
-import klkit
-p, *candidates = sys.argv[1:]
-wanted = dict(samples=32, max_tokens=16)
-if candidates:
-    klkit.compare(p, candidates, **wanted)
-else:
-    from klkit.sampling.ancestral import sample
-    model = klkit.load(p)
-    sample(model, [model.context(None)] * 32, max_tokens=16, seed=0, prompt=[0] * 32)
-# Not getrusage, whose peak is handed down from the process that started this one.
-print(int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) / 1024)
-"""
 
 
 def network(width: int, layers: int, vocabulary: int, seed: int) -> torch.nn.Module:
@@ -106,30 +92,36 @@ def timed(p: HuggingFaceModel, candidates: list[HuggingFaceModel], samples: int,
     return side_by_side(work, rounds, warm=0)
 
 
-def peak(*arguments: str) -> float:
-    """MiB at most of a fresh process."""
-    output = subprocess.run([sys.executable, "-c", PEAK, *arguments], check=True, stdout=subprocess.PIPE, text=True)
-    return float(output.stdout.split()[-1])
+def report_peak(p: str, *candidates: str) -> None:
+    """Compare by name, or draw from ``p`` alone, and print the peak of this process."""
+    if candidates:
+        klkit.compare(p, candidates, samples=32, max_tokens=16)
+    else:
+        model = klkit.load(p)
+        sample(model, [model.context(None)] * 32, max_tokens=16, seed=0, prompt=[0] * 32)
+    print(peak_bytes() / MEBI)
 
 
-def memory(folder: Path, width: int, layers: int, vocabulary: int, quick: bool) -> Table:
-    """Peak memory of comparisons by name, of checkpoints of this shape."""
+def memory(folder: Path, quick: bool, threads: int) -> Table:
+    """Peak memory of comparisons by name, of checkpoints of one shape."""
     from peft import LoraConfig, get_peft_model
 
+    width, layers, vocabulary, count = (64, 1, 1024, 1) if quick else (1024, 8, 32_000, CANDIDATES)
     words = klkit.load("klkit:docs").tokenizer
-    for seed in range(CANDIDATES + 1):
+    for seed in range(count + 1):
         model = network(width, layers, vocabulary, seed)
         model.save_pretrained(folder / f"model-{seed}")
         words.save_pretrained(folder / f"model-{seed}")
+    for seed in range(1, count + 1):
         wrapped = get_peft_model(
             network(width, layers, vocabulary, 0),
             LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True),
         )
         wrapped.save_pretrained(folder / f"adapter-{seed}")
     p = str(folder / "model-0")
-    weights = sum(x.numel() * x.element_size() for x in model.state_dict().values()) / (1 << 20)
-    separate = [str(folder / f"model-{i}") for i in range(1, CANDIDATES + 1)]
-    adapters = [f"peft={folder / f'adapter-{i}'}" for i in range(1, CANDIDATES + 1)]
+    weights = sum(x.numel() * x.element_size() for x in model.state_dict().values()) / MEBI
+    separate = [str(folder / f"model-{i}") for i in range(1, count + 1)]
+    adapters = [f"peft={folder / f'adapter-{i}'}" for i in range(1, count + 1)]
     work = {
         "p alone": [],
         "one candidate": separate[:1],
@@ -138,14 +130,21 @@ def memory(folder: Path, width: int, layers: int, vocabulary: int, quick: bool) 
         "five adapters on p": adapters,
     }
     if quick:
-        work = {"five adapters on p": adapters}
-    rows = [[name, f"{peak(p, *candidates):,.0f}"] for name, candidates in work.items()]
+        work = {"p alone": [], "one adapter on p": adapters}
+    flags = ["--threads", str(threads)]
+    rows = [
+        [name, f"{peak_memory(__file__, json.dumps([p, *candidates]), flags):,.0f}"]
+        for name, candidates in work.items()
+    ]
     return Table(f"Peak memory, models of {weights:,.0f} MiB, 32 strings of 16 tokens", ["process", "MiB"], rows)
 
 
 def main() -> None:
     arguments = options(__doc__, rounds=3).parse_args()
     begin(arguments)
+    if arguments.peak:
+        report_peak(*json.loads(arguments.peak))
+        return
     tables, seconds = [], {}
     shapes = [(128, 4, 1024, 256, 64), (768, 12, 50_257, 256, 32), (1024, 24, 50_257, 256, 16)]
     for width, layers, vocabulary, samples, tokens in [(64, 1, 1024, 8, 4)] if arguments.quick else shapes:
@@ -161,7 +160,7 @@ def main() -> None:
         tables.append(Table(title, ["work", "ms, median (least)", "over sampling + 6 passes"], rows))
         seconds[title] = found
     with tempfile.TemporaryDirectory() as folder:
-        tables.append(memory(Path(folder), *((64, 1, 1024) if arguments.quick else (1024, 8, 32_000)), arguments.quick))
+        tables.append(memory(Path(folder), arguments.quick, arguments.threads))
     report(tables, seconds, arguments)
 
 

@@ -14,7 +14,6 @@ beside what one float32 tensor of the logits of all those tokens would take.
 import argparse
 import gc
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import peak_bytes
 
 import klkit
 from klkit.api.batches import batches_of
@@ -95,15 +95,6 @@ def report_peak(options: argparse.Namespace) -> None:
     tokens = round(result.companions["mean_length"]["value"] * options.peak)
     vocabulary = result.provenance["models"]["p"]["vocabulary_size"]
     print(json.dumps({"strings": options.peak, "tokens": tokens, "vocabulary": vocabulary, "bytes": peak_bytes()}))
-
-
-def peak_bytes() -> int:
-    """Largest resident size of this process."""
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux ru_maxrss of a child starts from what its parent held
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure_peaks(options: argparse.Namespace) -> list[dict[str, float]]:
