@@ -273,6 +273,15 @@ def test_tables_of_other_sizes(kept, monkeypatch):
             assert abs(again.value - rb.value) <= 4 * math.hypot(again.stderr, rb.stderr)
 
 
+def test_the_manifest_says_over_how_many_ids_parts_of_laws_are(tmp_path, monkeypatch):
+    monkeypatch.setattr("klkit.api.compare_settings.HYBRID_TOKENS", 2)
+    p, qs = automata(1)
+    wide, out = padded(p, 5), tmp_path / "run"
+    compare_models(wide, waiting(qs), settings(qs, keep="hybrid"), out=out)
+    manifest = RecordedModel.open(out / "reference").cache.manifest
+    assert manifest.size == p.vocabulary.size == wide.vocabulary.size - 5
+
+
 def test_a_reference_is_kept_with_its_temperature_prompts_and_groups(tmp_path):
     p, *qs = (load(str(tiny("gpt2", seed=seed))) for seed in range(3))
     models = [qs[0], OwnTemplate(qs[1])]
